@@ -1,0 +1,445 @@
+"""DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation, in one file.
+
+Bini, Girrbach, Akata, ICLR 2025, https://arxiv.org/abs/2503.18225. "Eq." below is an equation of that paper.
+
+LoRA learns y = (W + BA) x + b, where W is frozen and B, A are thin. How far the layer has moved from W is however large
+the product BA has grown, so one learning rate steers both where the update points and how strong it is: set too high,
+it destroys the model. DeLoRA separates the two. BA is a sum of r rank-one components b_i a_iᵀ; dividing each by
+‖b_i‖‖a_i‖ leaves directions only ("angles"), and one learnable number λ per matrix is the strength:
+
+    ΔW = (λ / r) · (B Ξ A − B₀ Ξ₀ A₀) · diag(w)                 y = (W + ΔW) x + b                (Eq. 8, 9, 15)
+
+    symbol   in the code        shape              meaning
+    W        base_layer.weight  (out, in)          pretrained weight, frozen
+    A, B     delora_A, _B       (r, in), (out, r)  trainable; only their directions matter
+    a_i      A[i, :]            (in,)              with b_i: the i-th rank-one component, b_i a_iᵀ
+    b_i      B[:, i]            (out,)
+    Ξ        never stored       (r, r)             diagonal, Ξ_ii = 1 / (‖a_i‖ ‖b_i‖)             (Eq. 5)
+    λ        delora_lambda      (1,)               trainable strength
+    A₀, B₀   delora_A0, _B0     as A, B            the frozen copy, taken at the start            (Eq. 9)
+    w        delora_w_norm      (in,)              weight-norm scaling, measured once from W      (Eq. 8)
+    λ₀       delora_lambda0     (1,)               λ of the frozen copy, only if tie_lambda=False (Eq. 9)
+
+The bound. B Ξ A is a sum of r matrices of norm one, so (λ/r) B Ξ A has norm at most |λ| (Eq. 6, 7), in Frobenius and
+even in nuclear norm ‖·‖_*, whatever an optimiser does to A and B. The frozen term obeys the same bound, hence
+
+    ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ 2 |λ| max_j w_j        (if tie_lambda=False: |λ| + |λ₀| in place of 2 |λ|)
+
+with equality when all r components coincide, those of the frozen copy point the opposite way, and w is constant.
+
+Why λ cannot see the scale of A and B: rescaling a_i or b_i by c > 0 changes no unit vector, hence neither ΔW nor
+∂L/∂λ = ⟨∂L/∂ΔW, ΔW⟩ / λ. For the same reason the gradient of a_i is orthogonal to a_i: angles turn, they do not grow.
+
+The zero start. The first output must be the pretrained model's. B = 0 would give that too, but zero has no direction:
+the first step, however small, would jump to full strength. So A and B start at random and their initial product is
+subtracted. Writing Â for A with unit rows and B̂ for B with unit columns, that difference telescopes:
+
+    B̂Â − B̂₀Â₀  =  (B̂ − B̂₀) Â + B̂₀ (Â − Â₀)  =  [B̂ − B̂₀ , B̂₀] · [Â ; Â − Â₀]
+
+At the start every product has a factor that is exactly zero, so the adapted layer equals the pretrained one bit for
+bit in every dtype, and the first step leaves it by an amount proportional to the learning rate. It is also cheap:
+with λ/r and w folded in, the two brackets are an ordinary LoRA pair of rank 2r (see `factors`).
+
+Where the paper and its authors' released code differ, and what this file does:
+1. ‖W‖ in Eq. 8 reads as one number; their code takes the norm of every column. `weight_norm="column"`, the default,
+   is the code's, "frobenius" the equation's; None leaves w = 1 (Eq. 7).
+2. Eq. 9 freezes λ₀ along with A₀ and B₀; their code multiplies the frozen copy by the current λ. `tie_lambda=True`,
+   the default, is the code's: λ → 0 then gives back the pretrained model. `tie_lambda=False` is the equation's.
+3. The paper states the radius as λ‖W‖. Around the pretrained W the frozen copy counts too: twice that, as above.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DeLoRALinear", "inject", "merge", "unmerge", "disabled", "param_groups",
+           "adapter_state_dict", "load_adapter"]
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _require(ok: bool, message: str, error: type[Exception] = ValueError) -> None:
+    if not ok:
+        raise error(message)
+
+
+# ------------------------------------------------------------------------------------------------ what is given: W, b
+
+
+def _features(layer: nn.Module | None) -> tuple[int, int] | None:
+    """(in, out) of a layer that acts like nn.Linear; None for anything else."""
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # Hugging Face's: its weight is stored as (in, out)
+        return tuple(layer.weight.shape)
+    size = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    return size if all(isinstance(n, int) for n in size) else None
+
+
+def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight (out, in) and the bias (out,) or None of a layer that acts like nn.Linear.
+
+    Where they cannot be read (a quantised layer, or one with a forward of its own) they are measured: such a layer
+    maps zero to its bias, and row j of the identity to column j of its weight, plus the bias.
+    """
+    transposed = type(layer).__name__ == "Conv1D"
+    if (transposed or type(layer).forward is nn.Linear.forward) and type(layer.weight) in (Tensor, nn.Parameter):
+        return layer.weight.T if transposed else layer.weight, layer.bias  # (out, in), (out,)
+    (n_in, n_out), tensors = _features(layer), [*layer.parameters(), *layer.buffers(), torch.empty(0)]
+    like = {"device": tensors[0].device, "dtype": next(t.dtype for t in tensors if t.dtype in FLOATS)}
+    with torch.no_grad(), torch.autocast(like["device"].type, enabled=False):
+        bias = layer(torch.zeros(1, n_in, **like))[0]  # (out,)
+        weight = bias.new_empty(n_out, n_in)  # (out, in)
+        for j in range(0, n_in, 256):  # in blocks, so that nothing else is as large as the weight
+            rows = torch.eye(256, n_in, **like).roll(j, dims=1)[: n_in - j]  # (≤ 256, in)
+            weight[:, j : j + 256] = (layer(rows) - bias).T  # (out, ≤ 256)
+        excess = layer(torch.full((1, n_in), -2.0, **like))[0] - bias + 2 * weight.sum(1)  # (out,), 0 if it is linear
+        rounding = n_in * torch.finfo(bias.dtype).eps * (2 * weight.abs().sum(1) + bias.abs())  # (out,)
+    _require(not (excess.abs() > rounding).any(), f"the forward of {type(layer).__name__} is not linear", TypeError)
+    return weight, bias if bias.any() else None
+
+
+# ------------------------------------------------------------------------------------------------ the layer
+
+
+def _unit(v: Tensor, dim: int) -> Tensor:
+    """v / ‖v‖ along dim. Zero has no direction: it stays zero, and its gradient is zero.
+
+    Dividing by the largest entry first keeps the squares in range, so that any finite v is right. That divisor is held
+    constant, since v / ‖v‖ does not depend on it. What was not zero now has norm ≥ 1: no other vector meets the clamp.
+    """
+    largest = v.detach().abs().amax(dim, keepdim=True)
+    v = v / largest.masked_fill(largest == 0, math.inf)
+    return v / torch.linalg.vector_norm(v, dim=dim, keepdim=True).clamp(min=1)
+
+
+class DeLoRALinear(nn.Module):
+    """x ↦ x (W + ΔW)ᵀ + b, with rank ΔW ≤ 2r and ‖ΔW‖_* ≤ 2 |λ| max_j w_j (Eq. 15).
+
+    At construction base_layer is frozen, A and B are drawn as the authors draw them (uniform, variance 1 / (3 fan_in))
+    and ΔW is exactly zero. Adapter parameters are float32, or float64 on a float64 base; ΔW is computed in that
+    precision whatever the base's.
+
+    Args:
+        base_layer: nn.Linear, or a layer that acts like one: Hugging Face's Conv1D, or a quantised layer (any module
+            that has in_features and out_features and a linear forward).
+        r: number of rank-one components.
+        lambda_init: λ at the start, in units of w. With "column", λ = 15 on 768 columns of equal norm lets the learned
+            term reach 15/√768 ≈ 0.54 ‖W‖_F; with "frobenius" the same strength is λ ≈ 0.54.
+        weight_norm: "column" (w_j = ‖W[:, j]‖), "frobenius" (w_j = ‖W‖_F for every j) or None (w_j = 1).
+        tie_lambda: True scales the frozen copy by the current λ, False by the initial one (Eq. 9).
+        dropout: probability of dropping an entry of the adapter's input in training. `weight` knows no dropout.
+
+    Raises:
+        TypeError: base_layer does not act like nn.Linear.
+        ValueError: base_layer is already adapted, empty, uninitialised or not finite; or another argument is not as
+            above: r an int ≥ 1, lambda_init in [1e-30, 1e30], dropout in [0, 1).
+    """
+
+    def __init__(self, base_layer: nn.Module, r: int = 8, lambda_init: float = 15.0, *,
+                 weight_norm: str | None = "column", tie_lambda: bool = True, dropout: float = 0.0):
+        super().__init__()
+        kind, size = type(base_layer).__name__, _features(base_layer)
+        _require(size is not None, f"{kind} does not act like nn.Linear: it has no in_features", TypeError)
+        _require(min(size) > 0 and not isinstance(base_layer, DeLoRALinear), f"{kind} is adapted, lazy or empty")
+        _require(type(r) is int and r > 0, f"r must be a positive int, got {r!r}")
+        for name, value, low, high in (("lambda_init", lambda_init, 1e-30, 1e30), ("dropout", dropout, 0, 1)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(number and low <= value < high, f"{name} must be a number in [{low}, {high}), got {value!r}")
+        weight, _ = _weight_and_bias(base_layer)  # (out, in)
+        self.out_features, self.in_features = n_out, n_in = weight.shape
+        like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+        column = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=like["dtype"])  # (in,)
+        _require(column.is_meta or column.isfinite().all(), f"the weight is not finite, or its norms are not: {kind}")
+        norms = {"column": column, "frobenius": column.norm().repeat(n_in), None: torch.ones_like(column)}  # (in,) each
+        _require(weight_norm in norms, f"weight_norm must be 'column', 'frobenius' or None, got {weight_norm!r}")
+
+        # What is frozen is a parameter too, not a buffer: whatever casts, moves or shards A must do the same to A₀.
+        A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, n_in, **like), a=5**0.5))  # (r, in)
+        B = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(n_out, r, **like), a=5**0.5))  # (out, r)
+        strength = nn.Parameter(torch.full((1,), float(lambda_init), **like))  # (1,)
+        A0, B0, strength0 = (nn.Parameter(p.detach().clone(), requires_grad=False) for p in (A, B, strength))
+        self.delora_A, self.delora_B, self.delora_lambda = A, B, strength
+        self.delora_A0, self.delora_B0, self.delora_lambda0 = A0, B0, None if tie_lambda else strength0
+        self.delora_w_norm = nn.Parameter(norms[weight_norm], requires_grad=False)  # (in,)
+        self.base_layer, self.dropout, self.enabled = base_layer.requires_grad_(False), nn.Dropout(dropout), True
+        self.train(base_layer.training)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(left (out, 2r), right (2r, in)), an ordinary LoRA pair: ΔW = left @ right. The whole equation is here.
+
+        It is (λB̂ − λ₀B̂₀) Â + λ₀B̂₀ (Â − Â₀), over r and times w, with λ₀ = λ if tied. With B̂ − B̂₀ and λ − λ₀ taken
+        apart, only equal numbers are subtracted at the start, so ΔW is zero there even with fused multiply-adds.
+        """
+        wide = torch.promote_types(self.delora_A.dtype, torch.float32)
+        A, A0 = _unit(torch.stack((self.delora_A, self.delora_A0.detach())).to(wide), dim=2)  # (r, in) each
+        B, B0 = _unit(torch.stack((self.delora_B, self.delora_B0.detach())).to(wide), dim=1)  # (out, r) each
+        s = self.delora_lambda.to(wide) / len(A)  # (1,)
+        s0 = s if self.delora_lambda0 is None else self.delora_lambda0.detach().to(wide) / len(A)  # (1,)
+        left = torch.cat((s * (B - B0) + (s - s0) * B0, s0 * B0), dim=1)  # (out, 2r)
+        right = torch.cat((A, A - A0)) * self.delora_w_norm.detach()  # (2r, in)
+        return left, right
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out), without ever forming the (out, in) update."""
+        y = self.base_layer(x)  # (..., out)
+        if not self.enabled:
+            return y
+        left, right = self.factors()
+        h = nn.functional.linear(self.dropout(x), right.to(x.dtype))  # (..., 2r)
+        return y + nn.functional.linear(h, left.to(h.dtype)).to(y.dtype)  # (..., out)
+
+    def delta_weight(self) -> Tensor:
+        """ΔW (out, in), in float32 or wider, with gradients."""
+        left, right = self.factors()
+        with torch.autocast(left.device.type, enabled=False):
+            return left @ right  # (out, in)
+
+    @property
+    def weight(self) -> Tensor:
+        """W + ΔW (out, in), summed in ΔW's precision and rounded once to W's; with gradients, so that code which reads
+        the weight instead of calling the layer adapts too."""
+        weight, _ = _weight_and_bias(self.base_layer)  # (out, in)
+        return (weight + self.delta_weight()).to(weight.dtype) if self.enabled else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias (out,), or None."""
+        return _weight_and_bias(self.base_layer)[1]
+
+    def norm_bound(self) -> float:
+        """2 |λ| max_j w_j if tied, else (|λ| + |λ₀|) max_j w_j: no less than ‖ΔW‖_*, in the units of W (Eq. 6 to 9)."""
+        lambda0 = self.delora_lambda if self.delora_lambda0 is None else self.delora_lambda0
+        return (abs(self.delora_lambda.item()) + abs(lambda0.item())) * self.delora_w_norm.max().item()
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A new frozen nn.Linear with weight W + ΔW, in the base's dtype. It shares no tensor with this layer."""
+        weight, bias = self.weight.clone(memory_format=torch.contiguous_format), self.bias  # (out, in), (out,)
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta").train(self.training)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+        return linear
+
+
+# ------------------------------------------------------------------------------------------------ names in a model
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by name, a shared one under each of its names; but nothing that is inside an adapter."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}.".lstrip(".") for name, module in modules.items() if isinstance(module, DeLoRALinear))
+    return {name: module for name, module in modules.items() if not name or not name.startswith(inside)}
+
+
+def _adapters(model: nn.Module) -> dict[str, DeLoRALinear]:
+    found = {name: module for name, module in _modules(model).items() if isinstance(module, DeLoRALinear)}
+    _require(found, f"{type(model).__name__} has no DeLoRALinear: nothing was injected, or it is merged")
+    return found
+
+
+def _candidates(model: nn.Module) -> list[str]:
+    """The names of the layers that act like nn.Linear and have no adapter yet."""
+    return [name for name, m in _modules(model).items() if _features(m) and not isinstance(m, DeLoRALinear)]
+
+
+def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """The adapters' parameters and all others, by the names of the model without adapters: q.bias, q.delora_A."""
+    named = {f".{n}".replace(".base_layer.", ".")[1:]: p for n, p in model.named_parameters(remove_duplicate=False)}
+    adapters = {name: p for name, p in named.items() if name.rpartition(".")[2].startswith("delora_")}
+    return adapters, {name: p for name, p in named.items() if name not in adapters}
+
+
+def _matching(patterns: Iterable[str] | str, modules: Mapping[str, nn.Module], free: list[str]) -> set[str]:
+    """The names that patterns mean: in a list, of any modules; by a regular expression, of the layers in free."""
+    names = free if isinstance(patterns, str) else modules
+    try:
+        ends = {patterns: patterns} if isinstance(patterns, str) else {p: rf"(.*\.)?{re.escape(p)}" for p in patterns}
+        found = {p: {name for name in names if re.fullmatch(ends[p], name)} for p in ends}
+    except (TypeError, re.error) as error:
+        raise TypeError(f"expected a list of module names or a regular expression, got {patterns!r}") from error
+    for pattern, matches in found.items():
+        _require(matches, f"{pattern!r} matches nothing to adapt; the linear layers are: {', '.join(free)}")
+    return set().union(*found.values())
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> dict[str, nn.Module]:
+    """Put new[m] in the place of every m in model, under all of m's names. Returns the new modules by name."""
+    placed = {name: new[module] for name, module in _modules(model).items() if module in new}
+    _require("" not in placed, f"the model itself is the {type(model).__name__} to replace, and nothing holds it")
+    for name, module in placed.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return placed
+
+
+# ------------------------------------------------------------------------------------------------ inject
+
+
+def _build(model: nn.Module, plan: Mapping[str, dict]) -> dict[nn.Module, DeLoRALinear]:
+    """An adapter for every module named in plan, {name: arguments of DeLoRALinear}. The model stays as it is."""
+    modules, built = _modules(model), {}
+    with ExitStack() as stack:  # DeLoRALinear freezes its base layer, but nothing may change before all are built
+        for p in model.parameters():
+            stack.callback(setattr, p, "requires_grad", p.requires_grad)
+        for name, arguments in plan.items():
+            try:
+                built[modules[name]] = DeLoRALinear(modules[name], **arguments)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise type(error)(f"{name or 'the model itself'}: {error}") from error
+    return built
+
+
+def inject(model: nn.Module, target_modules: Iterable[str] | str, r: int = 8, lambda_init: float = 15.0, *,
+           exclude: Iterable[str] | str = (), **options) -> dict[str, DeLoRALinear]:
+    """Replace the target layers by DeLoRALinear, in place, and freeze every parameter that is not an adapter's.
+
+    Args:
+        model: any module. A layer registered under several names becomes one adapter under all of them.
+        target_modules: a list of names, each a module's whole dotted name or its end at a dot ("proj" means
+            "layers.0.proj", not "layers.0.q_proj"); or a regular expression for the whole name, which chooses among
+            the layers that act like nn.Linear and are not adapted yet; or "all-linear", all of those. If a layer that
+            is chosen contains another, the inner one is adapted.
+        exclude: names or a regular expression, as above, of layers to leave alone.
+        r, lambda_init, options: arguments of DeLoRALinear.
+
+    Returns:
+        The new adapters by name. Adapters from before stay as they were, trainable or not.
+
+    Raises:
+        TypeError, ValueError: a name matches nothing, a layer cannot be adapted, an argument is wrong. The message
+            names the module and the value, and the model is as it was.
+    """
+    modules, free = _modules(model), _candidates(model)
+    names = _matching(".*" if target_modules == "all-linear" else target_modules, modules, free)
+    excluded = {modules[name] for name in _matching(exclude, modules, free)}
+    chosen = {module: name for name, module in modules.items() if name in names and module not in excluded}
+    inner = [name for m, name in chosen.items() if name not in free or sum(k in chosen for k in m.modules()) == 1]
+    _require(inner, f"target_modules={target_modules!r} and exclude={exclude!r} leave no layer to adapt")
+    adapters = _replace(model, _build(model, dict.fromkeys(inner, {"r": r, "lambda_init": lambda_init, **options})))
+    for p in _parameters(model)[1].values():
+        p.requires_grad = False
+    return adapters
+
+
+# ------------------------------------------------------------------------------------------------ merge, disable
+
+
+def merge(model: nn.Module) -> dict[str, DeLoRALinear]:
+    """Replace every adapter by an nn.Linear of weight W + ΔW, in place. Returns the adapters by name, for `unmerge`.
+
+    The new layers have tensors of their own: where W was tied to an embedding, the embedding stays as it was.
+
+    Raises:
+        ValueError: there is no adapter, or a merged weight is not finite in its dtype. The model is as it was.
+    """
+    adapters = _adapters(model)
+    merged = {adapter: adapter.merged() for adapter in set(adapters.values())}
+    for name, adapter in adapters.items():
+        _require(merged[adapter].weight.isfinite().all(), f"{name}: W + ΔW has entries that are not finite")
+    _replace(model, merged)
+    return adapters
+
+
+def unmerge(model: nn.Module, adapters: Mapping[str, DeLoRALinear]) -> None:
+    """Put back what `merge` took out: the same objects, now on the device and in the training mode of the merged ones.
+
+    Raises:
+        ValueError: a name has no adapter to put back, or no merged layer to take out. The model is as it was.
+    """
+    modules = _modules(model)
+    for name, new in adapters.items():
+        old = modules.get(name)
+        fits = isinstance(new, DeLoRALinear) and isinstance(old, nn.Linear) and _features(old) == _features(new)
+        _require(fits, f"{name}: {new!r} cannot have been merged into {old!r}")
+    for name, new in adapters.items():
+        new.train(modules[name].training).to(modules[name].weight.device)
+    _replace(model, {modules[name]: new for name, new in adapters.items()})
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context model is the pretrained model, for instance to compute reference logits. It may be nested."""
+    with ExitStack() as stack:
+        for adapter in _adapters(model).values():
+            stack.callback(setattr, adapter, "enabled", adapter.enabled)
+            adapter.enabled = False
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ train, save, load
+
+
+def param_groups(model: nn.Module, lr: float, lambda_lr: float | None = None, weight_decay: float = 0.0) -> list[dict]:
+    """Two groups for an optimiser: all that is trainable but λ, and λ with lambda_lr (lr if None) and no weight decay.
+
+    On A and B weight decay is not a regulariser: ΔW does not see their norms. It only shortens the vectors, and a step
+    of the same size turns a shorter vector further, so in effect it is a learning rate that rises over time. On λ it
+    would pull the strength to zero, hence none. On a new head it does what it always does.
+    """
+    strengths = {adapter.delora_lambda for adapter in _adapters(model).values()}
+    others = [p for p in model.parameters() if p.requires_grad and p not in strengths]
+    strengths = [p for p in model.parameters() if p.requires_grad and p in strengths]
+    return [{"params": others, "lr": lr, "weight_decay": weight_decay},
+            {"params": strengths, "lr": lr if lambda_lr is None else lambda_lr, "weight_decay": 0.0}]
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what fine-tuning changed: every delora_ tensor, and every other parameter that is trainable (a head).
+
+    The others have the names of the model without adapters: the bias of an adapted layer q is "q.bias".
+
+    Raises:
+        ValueError: there is no adapter.
+    """
+    _adapters(model)
+    adapters, others = _parameters(model)
+    trained = {name: p for name, p in others.items() if p.requires_grad}
+    return {name: p.detach().clone() for name, p in (adapters | trained).items()}
+
+
+def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, DeLoRALinear]:
+    """Load what `adapter_state_dict` returned, or what PEFT saved for DeLoRA, into a pretrained or an adapted model.
+
+    Layers that have no adapter yet get one: names, ranks and modes are read from the tensors (dropout, which they do
+    not hold, is 0). Everything is frozen but the adapters and the other parameters that state_dict carries.
+
+    Returns:
+        All adapters of the model, by name.
+
+    Raises:
+        TypeError, ValueError: a tensor is missing, unknown, or of another shape or type than the model's. The message
+            starts with its key, and the model is as it was.
+    """
+    _require(isinstance(state_dict, Mapping), f"state_dict must be a dict of tensors, got {state_dict!r}", TypeError)
+    state = dict(state_dict)
+    wrong = [key for key, value in state.items() if not (isinstance(value, Tensor) and value.dtype in FLOATS)]
+    _require(not wrong, f"not floating-point tensors: {wrong}", TypeError)
+    if all(key.startswith("base_model.model.") and not key.endswith("0") for key in state):  # PEFT's
+        state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+        ours = {key: value for key, value in state.items() if key.endswith((".delora_A", ".delora_B"))}
+        short = [k for k, v in ours.items() if any(0 < n < 1e-4 for n in v.norm(dim="BA".index(k[-1])).tolist())]
+        _require(not short, f"PEFT does not normalise what is shorter than 1e-4, this file does: {short}")
+        state |= {f"{key}0": torch.zeros_like(value) for key, value in ours.items()}
+    (own, others), filled = _parameters(model), {}
+    ranks = {n: state[f"{n}.delora_A"].shape[:1].numel() for n in _candidates(model) if f"{n}.delora_A" in state}
+    built = _build(model, {n: {"r": r, "tie_lambda": f"{n}.delora_lambda0" not in state} for n, r in ranks.items()})
+    new = {name: built[module] for name, module in _modules(model).items() if module in built}
+    own |= {f"{name}.{leaf}": p for name, layer in new.items() for leaf, p in layer.named_parameters(recurse=False)}
+    expected = own | {key: p for key, p in others.items() if key in state}
+    for key, value in state.items():
+        there = f"nothing, unless {key.rpartition('.')[0]}.delora_A is missing"
+        here, there = tuple(value.shape), tuple(expected[key].shape) if key in expected else there
+        _require(here == there, f"{key}: {here} in the checkpoint, {there} in the model")
+        _require(torch.equal(filled.setdefault(expected[key], value), value), f"{key}: tied in the model, not here")
+    missing = [key for key, p in expected.items() if p not in filled]
+    _require(own and not missing, f"missing in the checkpoint: {missing or 'every delora_ tensor'}")
+    _replace(model, built)
+    for p in others.values():
+        p.requires_grad = p in filled
+    with torch.no_grad():
+        for p, value in filled.items():
+            p.copy_(value)
+    return _adapters(model)
