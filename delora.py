@@ -71,11 +71,11 @@ def _require(ok: bool, message: str, error: type[Exception] = ValueError) -> Non
 
 
 def _features(layer: nn.Module | None) -> tuple[int, int] | None:
-    """(in, out) of a layer that acts like nn.Linear; None for anything else."""
+    """(in, out) of a layer that acts like nn.Linear and may be adapted; None for anything else, adapters included."""
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # Hugging Face's: its weight is stored as (in, out)
         return tuple(layer.weight.shape)
     size = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    return size if all(isinstance(n, int) for n in size) else None
+    return size if all(isinstance(n, int) for n in size) and not hasattr(layer, "delora_A") else None
 
 
 def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -142,8 +142,8 @@ class DeLoRALinear(nn.Module):
                  weight_norm: str | None = "column", tie_lambda: bool = True, dropout: float = 0.0):
         super().__init__()
         kind, size = type(base_layer).__name__, _features(base_layer)
-        _require(size is not None, f"{kind} does not act like nn.Linear: it has no in_features", TypeError)
-        _require(min(size) > 0 and not isinstance(base_layer, DeLoRALinear), f"{kind} is adapted, lazy or empty")
+        _require(size is not None, f"{kind} does not act like nn.Linear, or is adapted already", TypeError)
+        _require(min(size) > 0, f"{kind} is empty or not initialised yet: {base_layer}")
         _require(type(r) is int and r > 0, f"r must be a positive int, got {r!r}")
         for name, value, low, high in (("lambda_init", lambda_init, 1e-30, 1e30), ("dropout", dropout, 0, 1)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -240,11 +240,6 @@ def _adapters(model: nn.Module) -> dict[str, DeLoRALinear]:
     return found
 
 
-def _candidates(model: nn.Module) -> list[str]:
-    """The names of the layers that act like nn.Linear and have no adapter yet."""
-    return [name for name, m in _modules(model).items() if _features(m) and not isinstance(m, DeLoRALinear)]
-
-
 def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """The adapters' parameters and all others, by the names of the model without adapters: q.bias, q.delora_A."""
     named = {f".{n}".replace(".base_layer.", ".")[1:]: p for n, p in model.named_parameters(remove_duplicate=False)}
@@ -312,7 +307,8 @@ def inject(model: nn.Module, target_modules: Iterable[str] | str, r: int = 8, la
         TypeError, ValueError: a name matches nothing, a layer cannot be adapted, an argument is wrong. The message
             names the module and the value, and the model is as it was.
     """
-    modules, free = _modules(model), _candidates(model)
+    modules = _modules(model)
+    free = [name for name, module in modules.items() if _features(module)]
     names = _matching(".*" if target_modules == "all-linear" else target_modules, modules, free)
     excluded = {modules[name] for name in _matching(exclude, modules, free)}
     chosen = {module: name for name, module in modules.items() if name in names and module not in excluded}
@@ -351,8 +347,8 @@ def unmerge(model: nn.Module, adapters: Mapping[str, DeLoRALinear]) -> None:
     """
     modules = _modules(model)
     for name, new in adapters.items():
-        old = modules.get(name)
-        fits = isinstance(new, DeLoRALinear) and isinstance(old, nn.Linear) and _features(old) == _features(new)
+        old, fits = modules.get(name), isinstance(new, DeLoRALinear)
+        fits = fits and isinstance(old, nn.Linear) and _features(old) == _features(new.base_layer)
         _require(fits, f"{name}: {new!r} cannot have been merged into {old!r}")
     for name, new in adapters.items():
         new.train(modules[name].training).to(modules[name].weight.device)
@@ -423,19 +419,20 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         short = [k for k, v in ours.items() if any(0 < n < 1e-4 for n in v.norm(dim="BA".index(k[-1])).tolist())]
         _require(not short, f"PEFT does not normalise what is shorter than 1e-4, this file does: {short}")
         state |= {f"{key}0": torch.zeros_like(value) for key, value in ours.items()}
-    (own, others), filled = _parameters(model), {}
-    ranks = {n: state[f"{n}.delora_A"].shape[:1].numel() for n in _candidates(model) if f"{n}.delora_A" in state}
+    named, (own, others) = {key.rpartition(".delora_")[0] for key in state}, _parameters(model)
+    free = [name for name, module in _modules(model).items() if name in named and _features(module)]
+    ranks = {name: state.get(f"{name}.delora_A", torch.empty(1)).shape[:1].numel() for name in free}
     built = _build(model, {n: {"r": r, "tie_lambda": f"{n}.delora_lambda0" not in state} for n, r in ranks.items()})
     new = {name: built[module] for name, module in _modules(model).items() if module in built}
     own |= {f"{name}.{leaf}": p for name, layer in new.items() for leaf, p in layer.named_parameters(recurse=False)}
     expected = own | {key: p for key, p in others.items() if key in state}
-    for key, value in state.items():
-        there = f"nothing, unless {key.rpartition('.')[0]}.delora_A is missing"
-        here, there = tuple(value.shape), tuple(expected[key].shape) if key in expected else there
-        _require(here == there, f"{key}: {here} in the checkpoint, {there} in the model")
-        _require(torch.equal(filled.setdefault(expected[key], value), value), f"{key}: tied in the model, not here")
+    filled = {expected[key]: value for key, value in state.items() if key in expected}
     missing = [key for key, p in expected.items() if p not in filled]
-    _require(own and not missing, f"missing in the checkpoint: {missing or 'every delora_ tensor'}")
+    _require(own and not missing, f"the checkpoint has {[*state][:3]} ..., but not {missing or 'a tensor of DeLoRA'}")
+    for key, value in state.items():
+        here, there = tuple(value.shape), tuple(expected[key].shape) if key in expected else "nothing of that name"
+        _require(here == there, f"{key}: {here} in the checkpoint, {there} in the model")
+        _require(torch.equal(filled[expected[key]], value), f"{key}: tied in the model, not in the checkpoint")
     _replace(model, built)
     for p in others.values():
         p.requires_grad = p in filled
