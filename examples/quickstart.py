@@ -20,7 +20,10 @@ import os
 import pydoc_data.topics
 import sys
 import time
+import warnings
 from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch would like it; nothing here needs it
 
 import torch
 from torch import Tensor, nn
