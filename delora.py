@@ -25,10 +25,11 @@ even in nuclear norm ‖·‖_*, whatever an optimiser does to A and B. The froz
 
     ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ 2 |λ| max_j w_j        (if tie_lambda=False: |λ| + |λ₀| in place of 2 |λ|)
 
-with equality when all r components coincide, those of the frozen copy point the opposite way, and w is constant.
+with equality when all r components coincide, those of the frozen copy are their negatives, w is constant and λλ₀ ≥ 0.
 
-Why λ cannot see the scale of A and B: rescaling a_i or b_i by c > 0 changes no unit vector, hence neither ΔW nor
-∂L/∂λ = ⟨∂L/∂ΔW, ΔW⟩ / λ. For the same reason the gradient of a_i is orthogonal to a_i: angles turn, they do not grow.
+Why λ cannot see the scale of A and B: rescaling a_i or b_i by c > 0 changes no unit vector, hence neither ΔW nor its
+derivative in λ (which, tied, is ΔW / λ), hence not ∂L/∂λ. For the same reason the gradient of a_i is orthogonal to a_i,
+and that of b_i to b_i: it turns a vector and cannot ask for another length.
 
 The zero start. The first output must be the pretrained model's. B = 0 would give that too, but zero has no direction:
 the first step, however small, would jump to full strength. So A and B start at random and their initial product is
@@ -37,8 +38,9 @@ subtracted. Writing Â for A with unit rows and B̂ for B with unit columns, tha
     B̂Â − B̂₀Â₀  =  (B̂ − B̂₀) Â + B̂₀ (Â − Â₀)  =  [B̂ − B̂₀ , B̂₀] · [Â ; Â − Â₀]
 
 At the start every product has a factor that is exactly zero, so the adapted layer equals the pretrained one bit for
-bit in every dtype, and the first step leaves it by an amount proportional to the learning rate. It is also cheap:
-with λ/r and w folded in, the two brackets are an ordinary LoRA pair of rank 2r (see `factors`).
+bit in every dtype, and the first step leaves it by an amount proportional to the learning rate. (Tied, λ has no
+gradient before that: ΔW = 0 at any λ.) It is also cheap: with λ/r and w folded in, the two brackets are an ordinary
+LoRA pair of rank 2r (see `factors`).
 
 Where the paper and its authors' released code differ, and what this file does:
 1. ‖W‖ in Eq. 8 reads as one number; their code takes the norm of every column. `weight_norm="column"`, the default,
@@ -82,9 +84,10 @@ def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight (out, in) and the bias (out,) or None of a layer that acts like nn.Linear.
 
     Where they cannot be read (a quantised layer, or one with a forward of its own) they are measured: such a layer
-    maps zero to its bias, and row j of the identity to column j of its weight, plus the bias.
+    maps zero to its bias, and row j of the identity to column j of its weight, plus the bias. The identity is scaled
+    by 1024, so that a large bias in a narrow dtype does not round the weight away.
     """
-    transposed = type(layer).__name__ == "Conv1D"
+    transposed = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
     if (transposed or type(layer).forward is nn.Linear.forward) and type(layer.weight) in (Tensor, nn.Parameter):
         return layer.weight.T if transposed else layer.weight, layer.bias  # (out, in), (out,)
     (n_in, n_out), tensors = _features(layer), [*layer.parameters(), *layer.buffers(), torch.empty(0)]
@@ -93,10 +96,10 @@ def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
         bias = layer(torch.zeros(1, n_in, **like))[0]  # (out,)
         weight = bias.new_empty(n_out, n_in)  # (out, in)
         for j in range(0, n_in, 256):  # in blocks, so that nothing else is as large as the weight
-            rows = torch.eye(256, n_in, **like).roll(j, dims=1)[: n_in - j]  # (≤ 256, in)
-            weight[:, j : j + 256] = (layer(rows) - bias).T  # (out, ≤ 256)
+            rows = 1024 * torch.eye(256, n_in, **like).roll(j, dims=1)[: n_in - j]  # (≤ 256, in), from row j on
+            weight[:, j : j + 256] = (layer(rows) - bias).T / 1024  # (out, ≤ 256)
         excess = layer(torch.full((1, n_in), -2.0, **like))[0] - bias + 2 * weight.sum(1)  # (out,), 0 if it is linear
-        rounding = n_in * torch.finfo(bias.dtype).eps * (2 * weight.abs().sum(1) + bias.abs())  # (out,)
+        rounding = (8 * torch.finfo(bias.dtype).eps + n_in * 2**-23) * (2 * weight.abs().sum(1) + bias.abs())  # (out,)
     _require(not (excess.abs() > rounding).any(), f"the forward of {type(layer).__name__} is not linear", TypeError)
     return weight, bias if bias.any() else None
 
@@ -108,15 +111,15 @@ def _unit(v: Tensor, dim: int) -> Tensor:
     """v / ‖v‖ along dim. Zero has no direction: it stays zero, and its gradient is zero.
 
     Dividing by the largest entry first keeps the squares in range, so that any finite v is right. That divisor is held
-    constant, since v / ‖v‖ does not depend on it. What was not zero now has norm ≥ 1: no other vector meets the clamp.
+    constant, since v / ‖v‖ does not depend on it. No epsilon: what is added to the norm is 1 for zero, 0 for the rest.
     """
     largest = v.detach().abs().amax(dim, keepdim=True)
     v = v / largest.masked_fill(largest == 0, math.inf)
-    return v / torch.linalg.vector_norm(v, dim=dim, keepdim=True).clamp(min=1)
+    return v / (torch.linalg.vector_norm(v, dim=dim, keepdim=True) + (largest == 0))
 
 
 class DeLoRALinear(nn.Module):
-    """x ↦ x (W + ΔW)ᵀ + b, with rank ΔW ≤ 2r and ‖ΔW‖_* ≤ 2 |λ| max_j w_j (Eq. 15).
+    """x ↦ (W + ΔW) x + b, with rank ΔW ≤ 2r and ‖ΔW‖_* ≤ `norm_bound()` (Eq. 15).
 
     At construction base_layer is frozen, A and B are drawn as the authors draw them (uniform, variance 1 / (3 fan_in))
     and ΔW is exactly zero. Adapter parameters are float32, or float64 on a float64 base; ΔW is computed in that
@@ -133,9 +136,9 @@ class DeLoRALinear(nn.Module):
         dropout: probability of dropping an entry of the adapter's input in training. `weight` knows no dropout.
 
     Raises:
-        TypeError: base_layer does not act like nn.Linear.
-        ValueError: base_layer is already adapted, empty, uninitialised or not finite; or another argument is not as
-            above: r an int ≥ 1, lambda_init in [1e-30, 1e30], dropout in [0, 1).
+        TypeError: base_layer does not act like nn.Linear, or is adapted already.
+        ValueError: base_layer is empty, uninitialised or not finite; or another argument is not as above: r an int ≥ 1,
+            lambda_init in [1e-30, 1e30), dropout in [0, 1).
     """
 
     def __init__(self, base_layer: nn.Module, r: int = 8, lambda_init: float = 15.0, *,
@@ -154,7 +157,7 @@ class DeLoRALinear(nn.Module):
         column = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=like["dtype"])  # (in,)
         _require(column.is_meta or column.isfinite().all(), f"the weight is not finite, or its norms are not: {kind}")
         norms = {"column": column, "frobenius": column.norm().repeat(n_in), None: torch.ones_like(column)}  # (in,) each
-        _require(weight_norm in norms, f"weight_norm must be 'column', 'frobenius' or None, got {weight_norm!r}")
+        _require(weight_norm in [*norms], f"weight_norm must be 'column', 'frobenius' or None, got {weight_norm!r}")
 
         # What is frozen is a parameter too, not a buffer: whatever casts, moves or shards A must do the same to A₀.
         A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, n_in, **like), a=5**0.5))  # (r, in)
@@ -170,8 +173,8 @@ class DeLoRALinear(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(left (out, 2r), right (2r, in)), an ordinary LoRA pair: ΔW = left @ right. The whole equation is here.
 
-        It is (λB̂ − λ₀B̂₀) Â + λ₀B̂₀ (Â − Â₀), over r and times w, with λ₀ = λ if tied. With B̂ − B̂₀ and λ − λ₀ taken
-        apart, only equal numbers are subtracted at the start, so ΔW is zero there even with fused multiply-adds.
+        ΔW = [(λB̂ − λ₀B̂₀) Â + λ₀B̂₀ (Â − Â₀)] diag(w) / r, with λ₀ = λ if tied. λB̂ − λ₀B̂₀ is written λ(B̂ − B̂₀) +
+        (λ − λ₀) B̂₀: then only equal numbers are subtracted at the start, and even a fused multiply-add leaves zero.
         """
         wide = torch.promote_types(self.delora_A.dtype, torch.float32)
         A, A0 = _unit(torch.stack((self.delora_A, self.delora_A0.detach())).to(wide), dim=2)  # (r, in) each
@@ -210,16 +213,16 @@ class DeLoRALinear(nn.Module):
         return _weight_and_bias(self.base_layer)[1]
 
     def norm_bound(self) -> float:
-        """2 |λ| max_j w_j if tied, else (|λ| + |λ₀|) max_j w_j: no less than ‖ΔW‖_*, in the units of W (Eq. 6 to 9)."""
+        """2 |λ| max_j w_j if tied, else (|λ| + |λ₀|) max_j w_j: at least ‖ΔW‖_* up to rounding (Eq. 6 to 9)."""
         lambda0 = self.delora_lambda if self.delora_lambda0 is None else self.delora_lambda0
         return (abs(self.delora_lambda.item()) + abs(lambda0.item())) * self.delora_w_norm.max().item()
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A new frozen nn.Linear with weight W + ΔW, in the base's dtype. It shares no tensor with this layer."""
-        weight, bias = self.weight.clone(memory_format=torch.contiguous_format), self.bias  # (out, in), (out,)
+        weight, bias = _weight_and_bias(self.base_layer)  # (out, in), (out,)
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta").train(self.training)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight = nn.Parameter((weight + self.delta_weight()).to(weight.dtype).contiguous(), requires_grad=False)
         linear.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
         return linear
 
@@ -240,11 +243,9 @@ def _adapters(model: nn.Module) -> dict[str, DeLoRALinear]:
     return found
 
 
-def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """The adapters' parameters and all others, by the names of the model without adapters: q.bias, q.delora_A."""
-    named = {f".{n}".replace(".base_layer.", ".")[1:]: p for n, p in model.named_parameters(remove_duplicate=False)}
-    adapters = {name: p for name, p in named.items() if name.rpartition(".")[2].startswith("delora_")}
-    return adapters, {name: p for name, p in named.items() if name not in adapters}
+def _is_adapters(name: str) -> bool:
+    """Whether the parameter of that name belongs to an adapter."""
+    return name.rpartition(".")[2].startswith("delora_")
 
 
 def _matching(patterns: Iterable[str] | str, modules: Mapping[str, nn.Module], free: list[str]) -> set[str]:
@@ -295,9 +296,8 @@ def inject(model: nn.Module, target_modules: Iterable[str] | str, r: int = 8, la
         model: any module. A layer registered under several names becomes one adapter under all of them.
         target_modules: a list of names, each a module's whole dotted name or its end at a dot ("proj" means
             "layers.0.proj", not "layers.0.q_proj"); or a regular expression for the whole name, which chooses among
-            the layers that act like nn.Linear and are not adapted yet; or "all-linear", all of those. If a layer that
-            is chosen contains another, the inner one is adapted.
-        exclude: names or a regular expression, as above, of layers to leave alone.
+            the layers that act like nn.Linear, are not adapted yet and contain no other; or "all-linear", all of those.
+        exclude: names or a regular expression, as above, of what to leave alone, with all that it contains.
         r, lambda_init, options: arguments of DeLoRALinear.
 
     Returns:
@@ -308,15 +308,17 @@ def inject(model: nn.Module, target_modules: Iterable[str] | str, r: int = 8, la
             names the module and the value, and the model is as it was.
     """
     modules = _modules(model)
-    free = [name for name, module in modules.items() if _features(module)]
+    free = [n for n, m in modules.items() if _features(m) and sum(hasattr(k, "in_features") for k in m.modules()) < 2]
     names = _matching(".*" if target_modules == "all-linear" else target_modules, modules, free)
-    excluded = {modules[name] for name in _matching(exclude, modules, free)}
+    excluded = {module for name in _matching(exclude, modules, free) for module in modules[name].modules()}
     chosen = {module: name for name, module in modules.items() if name in names and module not in excluded}
-    inner = [name for m, name in chosen.items() if name not in free or sum(k in chosen for k in m.modules()) == 1]
-    _require(inner, f"target_modules={target_modules!r} and exclude={exclude!r} leave no layer to adapt")
-    adapters = _replace(model, _build(model, dict.fromkeys(inner, {"r": r, "lambda_init": lambda_init, **options})))
-    for p in _parameters(model)[1].values():
-        p.requires_grad = False
+    for module, name in chosen.items():
+        _require(sum(k in chosen for k in module.modules()) == 1, f"{name or 'the model'} contains another target")
+    _require(chosen, f"target_modules={target_modules!r} and exclude={exclude!r} leave no layer to adapt")
+    plan = {name: {"r": r, "lambda_init": lambda_init, **options} for name in chosen.values()}
+    adapters = _replace(model, _build(model, plan))
+    for name, p in model.named_parameters():
+        p.requires_grad = p.requires_grad and _is_adapters(name)
     return adapters
 
 
@@ -357,7 +359,7 @@ def unmerge(model: nn.Module, adapters: Mapping[str, DeLoRALinear]) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context model is the pretrained model, for instance to compute reference logits. It may be nested."""
+    """Within this context no adapter acts, for instance to compute the pretrained model's logits. It may be nested."""
     with ExitStack() as stack:
         for adapter in _adapters(model).values():
             stack.callback(setattr, adapter, "enabled", adapter.enabled)
@@ -383,59 +385,58 @@ def param_groups(model: nn.Module, lr: float, lambda_lr: float | None = None, we
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what fine-tuning changed: every delora_ tensor, and every other parameter that is trainable (a head).
-
-    The others have the names of the model without adapters: the bias of an adapted layer q is "q.bias".
+    """A copy of what training changed: every delora_ tensor, and every other parameter that is trainable (a new head).
 
     Raises:
         ValueError: there is no adapter.
     """
     _adapters(model)
-    adapters, others = _parameters(model)
-    trained = {name: p for name, p in others.items() if p.requires_grad}
-    return {name: p.detach().clone() for name, p in (adapters | trained).items()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: p.detach().clone() for name, p in named if p.requires_grad or _is_adapters(name)}
 
 
 def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, DeLoRALinear]:
     """Load what `adapter_state_dict` returned, or what PEFT saved for DeLoRA, into a pretrained or an adapted model.
 
     Layers that have no adapter yet get one: names, ranks and modes are read from the tensors (dropout, which they do
-    not hold, is 0). Everything is frozen but the adapters and the other parameters that state_dict carries.
+    not hold, is 0). Everything is frozen but the adapters and the other parameters that state_dict carries. PEFT's
+    checkpoints have no frozen copy: A₀ = B₀ = 0. (An untrained one has B = 0 too, and cannot move from there.)
 
     Returns:
         All adapters of the model, by name.
 
     Raises:
-        TypeError, ValueError: a tensor is missing, unknown, or of another shape or type than the model's. The message
-            starts with its key, and the model is as it was.
+        TypeError, ValueError: a tensor is missing, unknown, not floating-point, not finite, or of another shape than
+            the model's. The message has its key, and the model is as it was.
     """
     _require(isinstance(state_dict, Mapping), f"state_dict must be a dict of tensors, got {state_dict!r}", TypeError)
     state = dict(state_dict)
-    wrong = [key for key, value in state.items() if not (isinstance(value, Tensor) and value.dtype in FLOATS)]
-    _require(not wrong, f"not floating-point tensors: {wrong}", TypeError)
+    wrong = [k for k, v in state.items() if not (isinstance(v, Tensor) and v.dtype in FLOATS and v.isfinite().all())]
+    _require(not wrong, f"not finite floating-point tensors: {wrong}", TypeError)
     if all(key.startswith("base_model.model.") and not key.endswith("0") for key in state):  # PEFT's
         state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
         ours = {key: value for key, value in state.items() if key.endswith((".delora_A", ".delora_B"))}
         short = [k for k, v in ours.items() if any(0 < n < 1e-4 for n in v.norm(dim="BA".index(k[-1])).tolist())]
         _require(not short, f"PEFT does not normalise what is shorter than 1e-4, this file does: {short}")
         state |= {f"{key}0": torch.zeros_like(value) for key, value in ours.items()}
-    named, (own, others) = {key.rpartition(".delora_")[0] for key in state}, _parameters(model)
-    free = [name for name, module in _modules(model).items() if name in named and _features(module)]
+    layers = {key.rpartition(".delora_")[0] for key in state if ".delora_" in key}
+    free = [name for name, module in _modules(model).items() if name in layers and _features(module)]
     ranks = {name: state.get(f"{name}.delora_A", torch.empty(1)).shape[:1].numel() for name in free}
     built = _build(model, {n: {"r": r, "tie_lambda": f"{n}.delora_lambda0" not in state} for n, r in ranks.items()})
     new = {name: built[module] for name, module in _modules(model).items() if module in built}
-    own |= {f"{name}.{leaf}": p for name, layer in new.items() for leaf, p in layer.named_parameters(recurse=False)}
-    expected = own | {key: p for key, p in others.items() if key in state}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    named |= {f"{name}.{leaf}": p for name, layer in new.items() for leaf, p in layer.named_parameters()}
+    expected = {key: p for key, p in named.items() if key in state or _is_adapters(key)}
     filled = {expected[key]: value for key, value in state.items() if key in expected}
     missing = [key for key, p in expected.items() if p not in filled]
-    _require(own and not missing, f"the checkpoint has {[*state][:3]} ..., but not {missing or 'a tensor of DeLoRA'}")
+    _require(layers and not missing, f"the checkpoint has {[*state][:3]} ..., but lacks {missing or 'DeLoRA tensors'}")
     for key, value in state.items():
         here, there = tuple(value.shape), tuple(expected[key].shape) if key in expected else "nothing of that name"
         _require(here == there, f"{key}: {here} in the checkpoint, {there} in the model")
         _require(torch.equal(filled[expected[key]], value), f"{key}: tied in the model, not in the checkpoint")
     _replace(model, built)
-    for p in others.values():
-        p.requires_grad = p in filled
+    for key, p in named.items():
+        p.requires_grad = p.requires_grad if _is_adapters(key) else p in filled
     with torch.no_grad():
         for p, value in filled.items():
             p.copy_(value)

@@ -151,6 +151,15 @@ def test_the_frozen_copy_has_storage_of_its_own(layer):
         assert trainable.untyped_storage().data_ptr() != frozen.untyped_storage().data_ptr()
 
 
+def test_what_is_frozen_stays_so_even_if_all_is_declared_trainable():
+    """`model.requires_grad_(True)` is common; A₀, B₀, λ₀ and w are constants of the method all the same (Eq. 9)."""
+    layer = DeLoRALinear(nn.Linear(5, 4), 2, tie_lambda=False)
+    layer.requires_grad_(True)
+    layer(torch.randn(3, 5)).square().sum().backward()
+    for name, p in layer.named_parameters(recurse=False):
+        assert (p.grad is not None) == (name in ("delora_A", "delora_B", "delora_lambda")), name
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_the_zero_start_survives_compilation():
@@ -307,6 +316,30 @@ def test_output_weight_and_merged_layer_are_one_linear_map(layer):
     assert relative(layer(x), wanted, scale=size) <= tol(dtype, 2)
     merged = layer.merged()
     assert type(merged) is nn.Linear and torch.equal(merged.weight, layer.weight) and torch.equal(merged(x), wanted)
+    with torch.autocast("cpu", torch.bfloat16):  # W + ΔW is float32 or wider whatever the context
+        assert torch.equal(layer.weight, merged.weight) and torch.equal(layer.merged().weight, merged.weight)
+
+
+def test_dropout_acts_in_training_alone_and_on_the_adapter_alone():
+    torch.manual_seed(0)
+    layer, x = DeLoRALinear(nn.Linear(64, 64), 4, dropout=0.5), torch.randn(8, 64)
+    assert torch.equal(layer(x), layer.base_layer(x))  # training, but there is nothing to drop yet
+    layer.delora_A.data.normal_()
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x)) and relative(layer(x), F.linear(x, layer.weight, layer.bias)) < 1e-5
+
+
+def test_the_output_keeps_the_dtype_of_the_base_layer():
+    """A layer may compute in a precision of its own: here bfloat16, whatever it is given."""
+
+    class Bfloat16Linear(nn.Linear):
+        def forward(self, x):
+            return F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16())
+
+    base, x = Bfloat16Linear(8, 8), torch.randn(3, 8)
+    layer = DeLoRALinear(base, 2)
+    assert layer(x).dtype == base(x).dtype == torch.bfloat16 and torch.equal(layer(x), base(x))
 
 
 @given(layer=moved(spread=1))
@@ -450,6 +483,12 @@ def test_the_update_equals_a_loop_over_rank_one_components(layer):
     left, right = layer.factors()
     r = layer.delora_A.shape[0]
     assert left.shape == (layer.out_features, 2 * r) and right.shape == (2 * r, layer.in_features)
+    with torch.no_grad():
+        layer.delora_lambda.clamp_(-3, 3)
+        layer.to(torch.bfloat16)  # parameters in bfloat16, arithmetic in float32
+    wanted = oracle(layer, layer.delora_lambda0 is None)
+    assert layer.delta_weight().dtype == torch.float32
+    assert relative(layer.delta_weight(), wanted, scale=layer.norm_bound()) <= tol(torch.float32, n)
 
 
 def test_the_weight_norm_is_measured_as_the_mode_says():
@@ -459,6 +498,15 @@ def test_the_weight_norm_is_measured_as_the_mode_says():
     for mode, w in (("column", [5.0, 2.0]), ("frobenius", [29**0.5] * 2), (None, [1.0, 1.0])):
         layer = DeLoRALinear(base, 1, weight_norm=mode)
         assert layer.delora_w_norm.tolist() == pytest.approx(w, rel=tol(torch.float64, 4))
+        assert not any(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_the_weight_norm_of_a_narrow_base_is_measured_in_float32(dtype):
+    base = nn.Linear(9, 300).to(dtype)
+    layer = DeLoRALinear(base)
+    assert layer.delora_w_norm.dtype == torch.float32
+    assert relative(layer.delora_w_norm, base.weight.double().norm(dim=0)) <= tol(torch.float32, 300)
 
 
 # ------------------------------------------------------------------------------------------------ P10 checkpoint
@@ -483,7 +531,7 @@ def test_a_checkpoint_restores_the_outputs_bit_for_bit_without_a_configuration(t
     model.q_proj.base_layer.bias.requires_grad_(True)
     trained(model)
     state = through_a_file(adapter_state_dict(model))
-    changed = {"norm.weight", "norm.bias", "q_proj.bias"}
+    changed = {"norm.weight", "norm.bias", "q_proj.base_layer.bias"}
     assert {key for key in state if "delora_" not in key} == changed
     assert {key.split(".")[0] for key in state if "delora_" in key} == {"q_proj", "first", "second"}
 
@@ -496,7 +544,9 @@ def test_a_checkpoint_restores_the_outputs_bit_for_bit_without_a_configuration(t
     again = adapter_state_dict(fresh)
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
 
-    trained(fresh)  # a checkpoint is a copy: loading it again goes back to it
+    saved = adapter_state_dict(fresh)
+    trained(fresh)  # a checkpoint is a copy: training on leaves it alone, and loading it again goes back to it
+    assert all(torch.equal(saved[key], state[key]) for key in state)
     assert not torch.equal(fresh(TOKENS), model(TOKENS))
     load_adapter(fresh, state)
     assert torch.equal(fresh(TOKENS), model(TOKENS))
@@ -535,14 +585,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key_and_changes_nothing():
         (fresh, state | {A: torch.tensor(1.0)}, A),
         (fresh, state | {A: torch.ones(3, 8, dtype=torch.int64)}, A),
         (fresh, state | {A: "text"}, A),
+        (fresh, state | {A: state[A] * math.nan}, A),
         (fresh, state | {"q_proj.delora_C": torch.randn(1)}, "q_proj.delora_C"),
         (fresh, state | {"layers.9.delora_A": torch.randn(3, 8)}, "layers.9.delora_A"),
         (fresh, state | {"norm.delora_A": torch.randn(3, 8)}, "norm.delora_A"),
         (fresh, state | {"norm.weight": torch.randn(9)}, "norm.weight"),
         (fresh, state | {"second.delora_lambda": torch.tensor([1.0])}, r"(first|second)\.delora_lambda: tied"),
         (fresh, {"q_proj.lora_A.weight": torch.randn(3, 8)}, "q_proj.lora_A.weight"),
-        (fresh, {"norm.weight": torch.randn(8)}, "not a tensor of DeLoRA"),
-        (fresh, {}, "not a tensor of DeLoRA"),
+        (fresh, {"norm.weight": torch.randn(8)}, "lacks DeLoRA tensors"),
+        (fresh, {}, "lacks DeLoRA tensors"),
         (fresh, "adapter.pt", "adapter.pt"),
         (adapted, state, r"q_proj.delora_A: \(3, 8\) in the checkpoint, \(2, 8\) in the model"),
         (more, state, r"proj.delora_A"),
@@ -595,7 +646,8 @@ def crooked() -> Attention:
         (Attention, {"target_modules": ["q_proj"], "exclude": ["q_proj"]}, "leave no layer"),
         (Attention, {"target_modules": ["q_proj", "norm"]}, "norm: LayerNorm does not act like nn.Linear"),
         (Attention, {"target_modules": ["q_proj", "embed"]}, "embed: Embedding"),
-        (Attention, {"target_modules": ["q_proj", ""]}, "the model itself: Attention"),
+        (Attention, {"target_modules": ["q_proj", ""]}, "the model contains another target"),
+        (Attention, {"target_modules": [""]}, "the model itself: Attention"),
         (lambda: nn.Linear(4, 4), {}, "the model itself"),
         (lambda: poisoned(math.nan), {}, "proj: .*not finite"),
         (lambda: poisoned(math.inf), {"weight_norm": None}, "proj: .*not finite"),
@@ -655,6 +707,7 @@ def test_an_adapted_layer_is_not_adapted_again():
         (r"blocks\.1\..*proj", (), {"blocks.1.q_proj", "blocks.1.proj"}),
         (r"blocks\.1\..*", ["first", "head"], {"blocks.1.q_proj", "blocks.1.proj"}),
         ("all-linear", r"blocks.*", {"q_proj", "proj", "first", "second", "head"}),
+        ("all-linear", ["blocks"], {"q_proj", "proj", "first", "second", "head"}),
     ],
 )
 def test_names_match_whole_or_at_a_dot_and_expressions_match_whole(targets, exclude, names):
@@ -678,6 +731,80 @@ def test_an_uninitialised_layer_that_is_no_target_stays_uninitialised():
     inject(model, ["q_proj"])
     assert not model.proj.weight.requires_grad and nn.parameter.is_lazy(model.proj.weight)
     merge(model)
+
+
+class Sealed(nn.Module):
+    """Acts like nn.Linear, contains one, and shows no weight."""
+
+    def __init__(self, inner: nn.Linear):
+        super().__init__()
+        self.inner, self.in_features, self.out_features = inner, inner.in_features, inner.out_features
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_of_layers_inside_one_another_one_is_adapted():
+    """By name the outer one if it is meant; a regular expression and "all-linear" take the inner ones."""
+    for targets, names in ((["proj"], {"proj"}), ("proj.*", {"proj.inner"}), ("all-linear", {"proj.inner", "head"})):
+        model = nn.ModuleDict({"proj": Sealed(nn.Linear(8, 8)), "head": nn.Linear(8, 2)})
+        before = model["proj"](torch.ones(8))
+        adapters = inject(model, targets)
+        assert set(adapters) == names and torch.equal(model["proj"](torch.ones(8)), before)
+        assert not any(p.requires_grad for name, p in model.named_parameters() if "delora_" not in name)
+    with pytest.raises(ValueError, match="matches nothing"):
+        inject(model, "all-linear")
+    model = nn.ModuleDict({"proj": Sealed(nn.Linear(8, 8))})
+    with pytest.raises(ValueError, match="proj contains another target"):
+        inject(model, ["proj", "proj.inner"])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_a_large_bias_does_not_round_a_measured_weight_away(dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(300, 5).to(dtype)
+    linear.bias.data.fill_(10.0)
+    adapter = DeLoRALinear(Sealed(linear))
+    largest, eps = linear.weight.abs().max().item(), torch.finfo(dtype).eps
+    assert relative(adapter.weight, linear.weight) <= 2 * eps * (largest + 10 / 1024) / largest  # unscaled: 2 eps 10 / largest
+    assert torch.equal(adapter.bias, linear.bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_that_is_not_linear_is_refused_in_every_dtype(dtype):
+    """Sizes and a weight do not make a layer linear: here the output passes through tanh, ReLU or a clamp."""
+    for function in (torch.tanh, torch.relu, lambda y: y.clamp(-1, 1)):
+        base = Sealed(nn.Linear(768, 16).to(dtype))
+        base.register_forward_hook(lambda module, x, y, function=function: function(y))
+        with pytest.raises(TypeError, match="Sealed is not linear"):
+            DeLoRALinear(base)
+        assert all(p.requires_grad for p in base.parameters())
+
+
+def test_names_that_look_like_ours_are_the_users_own():
+    """A model may have a module called base_layer: nothing is mistaken for an adapter's."""
+    torch.manual_seed(0)
+    pretrained = nn.ModuleDict({"base_layer": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "fc": nn.Linear(4, 4)})
+    model = copy.deepcopy(pretrained)
+    inject(model, ["base_layer.fc"])
+    assert not model["fc"].weight.requires_grad
+    inject(model, "fc")
+    for adapter in (model["fc"], model["base_layer"]["fc"]):
+        adapter.delora_A.data.normal_()
+    fresh = copy.deepcopy(pretrained)
+    load_adapter(fresh, through_a_file(adapter_state_dict(model)))
+    x = torch.ones(4)
+    assert torch.equal(fresh["fc"](x), model["fc"](x))
+    assert torch.equal(fresh["base_layer"]["fc"](x), model["base_layer"]["fc"](x))
+
+
+def test_merging_while_disabled_loses_nothing():
+    model = Attention()
+    inject(model, ["q_proj"])
+    adapted = trained(model)(TOKENS)
+    with disabled(model):
+        merge(model)
+    assert relative(model(TOKENS), adapted) <= tol(torch.float32, 8)
 
 
 def test_a_second_injection_adds_and_leaves_the_first_as_it_was():
@@ -747,7 +874,8 @@ def test_layers_that_act_like_linear_are_adapted_and_merged(kind):
         adapter.delora_A.normal_()
     adapted = model(x)
     taken = merge(model)
-    assert type(model[0]) is nn.Linear and relative(model(x), adapted, scale=10) <= tol(torch.float32, wide)
+    assert type(model[0]) is nn.Linear and model[0].weight.is_contiguous()
+    assert relative(model(x), adapted, scale=10) <= tol(torch.float32, wide)
     unmerge(model, taken)
     assert torch.equal(model(x), adapted) and relative(adapted, before) > 0.01
 
