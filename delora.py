@@ -83,12 +83,12 @@ def _features(layer: nn.Module | None) -> tuple[int, int] | None:
 def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight (out, in) and the bias (out,) or None of a layer that acts like nn.Linear.
 
-    Where they cannot be read (a quantised layer, or one with a forward of its own) they are measured: such a layer
-    maps zero to its bias, and row j of the identity to column j of its weight, plus the bias. The identity is scaled
-    by 1024, so that a large bias in a narrow dtype does not round the weight away.
+    Where they cannot be read (the layer has a forward of its own, or packs its weight into a tensor subclass) they are
+    measured: a linear layer maps zero to its bias, and row j of the identity to column j of its weight plus the bias.
+    The identity is scaled by 1024, so that a large bias in a narrow dtype does not round the weight away.
     """
     transposed = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-    if (transposed or type(layer).forward is nn.Linear.forward) and type(layer.weight) in (Tensor, nn.Parameter):
+    if (transposed or type(layer).forward is nn.Linear.forward) and not hasattr(layer.weight, "__tensor_flatten__"):
         return layer.weight.T if transposed else layer.weight, layer.bias  # (out, in), (out,)
     (n_in, n_out), tensors = _features(layer), [*layer.parameters(), *layer.buffers(), torch.empty(0)]
     like = {"device": tensors[0].device, "dtype": next(t.dtype for t in tensors if t.dtype in FLOATS)}
@@ -219,7 +219,10 @@ class DeLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A new frozen nn.Linear with weight W + ΔW, in the base's dtype. It shares no tensor with this layer."""
+        """A new frozen nn.Linear with weight W + ΔW, in the base's dtype. It shares no tensor with this layer.
+
+        Its weight is (out, in) also where the base layer is a Conv1D, whose weight is (in, out).
+        """
         weight, bias = _weight_and_bias(self.base_layer)  # (out, in), (out,)
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta").train(self.training)
         linear.weight = nn.Parameter((weight + self.delta_weight()).to(weight.dtype).contiguous(), requires_grad=False)
@@ -250,14 +253,14 @@ def _is_adapters(name: str) -> bool:
 
 def _matching(patterns: Iterable[str] | str, modules: Mapping[str, nn.Module], free: list[str]) -> set[str]:
     """The names that patterns mean: in a list, of any modules; by a regular expression, of the layers in free."""
-    names = free if isinstance(patterns, str) else modules
+    string = isinstance(patterns, str)
     try:
-        ends = {patterns: patterns} if isinstance(patterns, str) else {p: rf"(.*\.)?{re.escape(p)}" for p in patterns}
-        found = {p: {name for name in names if re.fullmatch(ends[p], name)} for p in ends}
+        ends = {patterns: patterns} if string else {p: rf"(.*\.)?{re.escape(p)}" for p in patterns}
+        found = {p: {name for name in (free if string else modules) if re.fullmatch(ends[p], name)} for p in ends}
     except (TypeError, re.error) as error:
         raise TypeError(f"expected a list of module names or a regular expression, got {patterns!r}") from error
     for pattern, matches in found.items():
-        _require(matches, f"{pattern!r} matches nothing to adapt; the linear layers are: {', '.join(free)}")
+        _require(matches, f"{pattern!r}{' (a regular expression)' * string} matches none of {', '.join(free)}")
     return set().union(*found.values())
 
 
@@ -328,7 +331,8 @@ def inject(model: nn.Module, target_modules: Iterable[str] | str, r: int = 8, la
 def merge(model: nn.Module) -> dict[str, DeLoRALinear]:
     """Replace every adapter by an nn.Linear of weight W + ΔW, in place. Returns the adapters by name, for `unmerge`.
 
-    The new layers have tensors of their own: where W was tied to an embedding, the embedding stays as it was.
+    The new layers have tensors of their own: where W was tied to an embedding, the embedding stays as it was, and the
+    two are no longer tied.
 
     Raises:
         ValueError: there is no adapter, or a merged weight is not finite in its dtype. The model is as it was.
@@ -351,7 +355,7 @@ def unmerge(model: nn.Module, adapters: Mapping[str, DeLoRALinear]) -> None:
     for name, new in adapters.items():
         old, fits = modules.get(name), isinstance(new, DeLoRALinear)
         fits = fits and isinstance(old, nn.Linear) and _features(old) == _features(new.base_layer)
-        _require(fits, f"{name}: {new!r} cannot have been merged into {old!r}")
+        _require(fits, f"{name}: {type(new).__name__} was not merged into this {type(old).__name__}")
     for name, new in adapters.items():
         new.train(modules[name].training).to(modules[name].weight.device)
     _replace(model, {modules[name]: new for name, new in adapters.items()})
