@@ -100,7 +100,7 @@ def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
             weight[:, j : j + 256] = (layer(rows) - bias).T / 1024  # (out, ≤ 256)
         excess = layer(torch.full((1, n_in), -2.0, **like))[0] - bias + 2 * weight.sum(1)  # (out,), 0 if it is linear
         rounding = (8 * torch.finfo(bias.dtype).eps + n_in * 2**-23) * (2 * weight.abs().sum(1) + bias.abs())  # (out,)
-    _require(not (excess.abs() > rounding).any(), f"the forward of {type(layer).__name__} is not linear", TypeError)
+    _require((excess.abs() <= rounding).all(), f"{type(layer).__name__} is not linear, or not finite", TypeError)
     return weight, bias if bias.any() else None
 
 
@@ -168,21 +168,23 @@ class DeLoRALinear(nn.Module):
         self.delora_A0, self.delora_B0, self.delora_lambda0 = A0, B0, None if tie_lambda else strength0
         self.delora_w_norm = nn.Parameter(norms[weight_norm], requires_grad=False)  # (in,)
         self.base_layer, self.dropout, self.enabled = base_layer.requires_grad_(False), nn.Dropout(dropout), True
-        self.train(base_layer.training)
+        self.training = self.dropout.training = base_layer.training
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(left (out, 2r), right (2r, in)), an ordinary LoRA pair: ΔW = left @ right. The whole equation is here.
 
         ΔW = [(λB̂ − λ₀B̂₀) Â + λ₀B̂₀ (Â − Â₀)] diag(w) / r, with λ₀ = λ if tied. λB̂ − λ₀B̂₀ is written λ(B̂ − B̂₀) +
-        (λ − λ₀) B̂₀: then only equal numbers are subtracted at the start, and even a fused multiply-add leaves zero.
+        (λ − λ₀) B̂₀: then only equal numbers are subtracted at the start, and even a fused multiply-add leaves zero. The
+        size of w goes to the left factor, so that ‖right x‖_∞ ≤ 2 ‖x‖ does not overflow where x does not.
         """
         wide = torch.promote_types(self.delora_A.dtype, torch.float32)
-        A, A0 = _unit(torch.stack((self.delora_A, self.delora_A0.detach())).to(wide), dim=2)  # (r, in) each
-        B, B0 = _unit(torch.stack((self.delora_B, self.delora_B0.detach())).to(wide), dim=1)  # (out, r) each
-        s = self.delora_lambda.to(wide) / len(A)  # (1,)
-        s0 = s if self.delora_lambda0 is None else self.delora_lambda0.detach().to(wide) / len(A)  # (1,)
+        A, A0 = _unit(torch.stack((self.delora_A.to(wide), self.delora_A0.detach().to(wide))), dim=2)  # (r, in) each
+        B, B0 = _unit(torch.stack((self.delora_B.to(wide), self.delora_B0.detach().to(wide))), dim=1)  # (out, r) each
+        peak = self.delora_w_norm.detach().to(wide).max().clamp(min=torch.finfo(wide).tiny)  # ()
+        s = self.delora_lambda.to(wide) * peak / len(A)  # (1,)
+        s0 = s if self.delora_lambda0 is None else self.delora_lambda0.detach().to(wide) * peak / len(A)  # (1,)
         left = torch.cat((s * (B - B0) + (s - s0) * B0, s0 * B0), dim=1)  # (out, 2r)
-        right = torch.cat((A, A - A0)) * self.delora_w_norm.detach()  # (2r, in)
+        right = torch.cat((A, A - A0)) * (self.delora_w_norm.detach().to(wide) / peak)  # (2r, in)
         return left, right
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ def _adapters(model: nn.Module) -> dict[str, DeLoRALinear]:
     return found
 
 
-def _is_adapters(name: str) -> bool:
+def _ours(name: str) -> bool:
     """Whether the parameter of that name belongs to an adapter."""
     return name.rpartition(".")[2].startswith("delora_")
 
@@ -286,7 +288,7 @@ def _build(model: nn.Module, plan: Mapping[str, dict]) -> dict[nn.Module, DeLoRA
         for name, arguments in plan.items():
             try:
                 built[modules[name]] = DeLoRALinear(modules[name], **arguments)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (TypeError, ValueError, RuntimeError, AttributeError) as error:
                 raise type(error)(f"{name or 'the model itself'}: {error}") from error
     return built
 
@@ -321,7 +323,7 @@ def inject(model: nn.Module, target_modules: Iterable[str] | str, r: int = 8, la
     plan = {name: {"r": r, "lambda_init": lambda_init, **options} for name in chosen.values()}
     adapters = _replace(model, _build(model, plan))
     for name, p in model.named_parameters():
-        p.requires_grad = p.requires_grad and _is_adapters(name)
+        p.requires_grad = p.requires_grad and _ours(name)
     return adapters
 
 
@@ -395,8 +397,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: there is no adapter.
     """
     _adapters(model)
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: p.detach().clone() for name, p in named if p.requires_grad or _is_adapters(name)}
+    return {n: p.data.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or _ours(n)}
 
 
 def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, DeLoRALinear]:
@@ -417,7 +418,7 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     state = dict(state_dict)
     wrong = [k for k, v in state.items() if not (isinstance(v, Tensor) and v.dtype in FLOATS and v.isfinite().all())]
     _require(not wrong, f"not finite floating-point tensors: {wrong}", TypeError)
-    if all(key.startswith("base_model.model.") and not key.endswith("0") for key in state):  # PEFT's
+    if all(key.startswith("base_model.model.") and not key.endswith("_A0") for key in state):  # PEFT's
         state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
         ours = {key: value for key, value in state.items() if key.endswith((".delora_A", ".delora_B"))}
         short = [k for k, v in ours.items() if any(0 < n < 1e-4 for n in v.norm(dim="BA".index(k[-1])).tolist())]
@@ -430,7 +431,7 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     new = {name: built[module] for name, module in _modules(model).items() if module in built}
     named = dict(model.named_parameters(remove_duplicate=False))
     named |= {f"{name}.{leaf}": p for name, layer in new.items() for leaf, p in layer.named_parameters()}
-    expected = {key: p for key, p in named.items() if key in state or _is_adapters(key)}
+    expected = {key: p for key, p in named.items() if (key in state or _ours(key)) and p.dtype in FLOATS}
     filled = {expected[key]: value for key, value in state.items() if key in expected}
     missing = [key for key, p in expected.items() if p not in filled]
     _require(layers and not missing, f"the checkpoint has {[*state][:3]} ..., but lacks {missing or 'DeLoRA tensors'}")
@@ -440,7 +441,7 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         _require(torch.equal(filled[expected[key]], value), f"{key}: tied in the model, not in the checkpoint")
     _replace(model, built)
     for key, p in named.items():
-        p.requires_grad = p.requires_grad if _is_adapters(key) else p in filled
+        p.requires_grad = p.requires_grad if _ours(key) else p in filled
     with torch.no_grad():
         for p, value in filled.items():
             p.copy_(value)

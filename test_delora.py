@@ -143,6 +143,23 @@ def test_a_new_adapter_changes_no_bit_of_the_output(layer, other, grad):
         assert torch.equal(layer(x.to(other)), layer.base_layer(x.to(other)))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_zero_start_survives_inputs_near_the_end_of_float16(mode):
+    """No product on the way is larger than the input: ∞ · 0 would be NaN, not zero."""
+    base = nn.Linear(1, 4096, bias=False).half()
+    nn.init.normal_(base.weight)
+    x = torch.full((2, 1), 1e4, dtype=torch.float16)
+    assert base(x).isfinite().all() and torch.equal(DeLoRALinear(base, weight_norm=mode)(x), base(x))
+
+
+@given(layer=zero_start((torch.float32,)), stored=st.sampled_from(DTYPES[1:]), cast=st.sampled_from(DTYPES[2:]))
+def test_an_adapter_of_any_precision_works_under_autocast_to_any_other(layer, stored, cast):
+    x = some_input(layer).to(stored)
+    layer.to(stored)
+    with torch.autocast("cpu", cast):
+        assert torch.equal(layer(x), layer.base_layer(x)) and layer(x).dtype == layer.base_layer(x).dtype
+
+
 @given(layer=zero_start())
 def test_the_frozen_copy_has_storage_of_its_own(layer):
     """Sharing it would keep ΔW at zero for ever: on a CPU, nothing else ever separates the two."""
@@ -572,6 +589,10 @@ def test_a_peft_checkpoint_loads_as_it_is():
     adapter = load_adapter(model, state)["q_proj"]
     wanted = 7 / 2 * (B / B.norm(dim=0)) @ (A / A.norm(dim=1, keepdim=True)) * w
     assert relative(adapter.delta_weight(), wanted) <= tol(torch.float32, 8)
+    state |= {"base_model.model.q_proj.base_layer.bias": torch.ones(8)}  # PEFT's bias="all"
+    model = Attention()
+    load_adapter(model, state)
+    assert torch.equal(model.q_proj.bias, torch.ones(8)) and model.q_proj.bias.requires_grad
     state["base_model.model.q_proj.delora_B"] = B * torch.tensor([1.0, 1e-6])
     with pytest.raises(ValueError, match=r"q_proj\.delora_B"):
         load_adapter(Attention(), state)
@@ -769,6 +790,20 @@ def test_of_layers_inside_one_another_one_is_adapted():
         inject(model, ["proj", "proj.inner"])
 
 
+def test_a_new_adapter_takes_the_mode_of_its_base_and_leaves_that_alone():
+    base = Sealed(nn.Linear(4, 4))
+    base.inner.eval()
+    layer = DeLoRALinear(base, dropout=0.5)
+    assert layer.training and layer.dropout.training and base.training and not base.inner.training
+    layer = DeLoRALinear(nn.Linear(4, 4).eval(), dropout=0.5)
+    assert not layer.training and not layer.dropout.training
+
+
+def test_a_name_alone_makes_no_transposed_layer():
+    base = type("Conv1D", (Sealed,), {})(nn.Linear(3, 5))
+    assert relative(DeLoRALinear(base).weight, base.inner.weight) <= tol(torch.float32, 1)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_a_large_bias_does_not_round_a_measured_weight_away(dtype):
     torch.manual_seed(0)
@@ -783,7 +818,7 @@ def test_a_large_bias_does_not_round_a_measured_weight_away(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer_that_is_not_linear_is_refused_in_every_dtype(dtype):
     """Sizes and a weight do not make a layer linear: here the output passes through tanh, ReLU or a clamp."""
-    for function in (torch.tanh, torch.relu, lambda y: y.clamp(-1, 1)):
+    for function in (torch.tanh, torch.relu, torch.sqrt, lambda y: y.clamp(-1, 1)):
         base = Sealed(nn.Linear(768, 16).to(dtype))
         base.register_forward_hook(lambda module, x, y, function=function: function(y))
         with pytest.raises(TypeError, match="Sealed is not linear"):
