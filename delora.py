@@ -424,7 +424,7 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         short = [k for k, v in ours.items() if any(0 < n < 1e-4 for n in v.norm(dim="BA".index(k[-1])).tolist())]
         _require(not short, f"PEFT does not normalise what is shorter than 1e-4, this file does: {short}")
         state |= {f"{key}0": torch.zeros_like(value) for key, value in ours.items()}
-    layers = {key.rpartition(".delora_")[0] for key in state if ".delora_" in key}
+    layers = {key.rpartition(".")[0] for key in state if _ours(key)}
     free = [name for name, module in _modules(model).items() if name in layers and _features(module)]
     ranks = {name: state.get(f"{name}.delora_A", torch.empty(1)).shape[:1].numel() for name in free}
     built = _build(model, {n: {"r": r, "tie_lambda": f"{n}.delora_lambda0" not in state} for n, r in ranks.items()})

@@ -579,6 +579,32 @@ def test_a_checkpoint_restores_the_outputs_bit_for_bit_without_a_configuration(t
     assert torch.equal(fresh(TOKENS), model(TOKENS))
 
 
+def test_a_single_layer_is_a_model_too():
+    """The adapter itself as the root: its checkpoint has no prefix, and what it wraps is no target."""
+    torch.manual_seed(0)
+    base = nn.Linear(4, 4)
+    layer, fresh = DeLoRALinear(copy.deepcopy(base), 2), DeLoRALinear(copy.deepcopy(base), 2)
+    layer.delora_A.data.normal_()
+    state = through_a_file(adapter_state_dict(layer))
+    assert "delora_A" in state and set(load_adapter(fresh, state)) == {""}
+    assert torch.equal(fresh(torch.ones(4)), layer(torch.ones(4)))
+    for model, call in ((layer, lambda: inject(layer, "all-linear")), (base, lambda: load_adapter(base, state))):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="matches none of|delora_A"):
+            call()
+        assert snapshot(model) == before
+
+
+def test_a_model_that_is_named_as_in_peft_keeps_its_names():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"base_model": nn.ModuleDict({"model": Attention()})})
+    fresh = copy.deepcopy(model)
+    inject(model, ["q_proj"], r=2)["base_model.model.q_proj"].delora_A.data.normal_()
+    assert set(load_adapter(fresh, adapter_state_dict(model))) == {"base_model.model.q_proj"}
+    inner, same = model["base_model"]["model"], fresh["base_model"]["model"]
+    assert torch.equal(inner(TOKENS), same(TOKENS))
+
+
 def test_a_peft_checkpoint_loads_as_it_is():
     """PEFT's formula, (λ/r) B Ξ A diag(w) without a frozen copy, under PEFT's keys."""
     torch.manual_seed(0)
@@ -607,6 +633,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key_and_changes_nothing():
     more = Attention()
     inject(more, ["q_proj", "proj"], r=3, tie_lambda=False)
     fresh = Attention()
+    fresh.codes = nn.Parameter(torch.zeros(8, dtype=torch.int8), requires_grad=False)
     A = "q_proj.delora_A"
     cases = [(fresh, {k: v for k, v in state.items() if k != key}, key) for key in state if "lambda0" not in key]
     cases = [(model, wrong, key) for model, wrong, key in cases if not key.startswith(("first", "second"))]
@@ -621,6 +648,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key_and_changes_nothing():
         (fresh, state | {"layers.9.delora_A": torch.randn(3, 8)}, "layers.9.delora_A"),
         (fresh, state | {"norm.delora_A": torch.randn(3, 8)}, "norm.delora_A"),
         (fresh, state | {"norm.weight": torch.randn(9)}, "norm.weight"),
+        (fresh, state | {"codes": torch.randn(8)}, "codes: .*nothing of that name"),
         (fresh, state | {"second.delora_lambda": torch.tensor([1.0])}, r"(first|second)\.delora_lambda: tied"),
         (fresh, {"q_proj.lora_A.weight": torch.randn(3, 8)}, "q_proj.lora_A.weight"),
         (fresh, {"norm.weight": torch.randn(8)}, "lacks DeLoRA tensors"),
@@ -658,10 +686,23 @@ class Tanh(nn.Module):
         return x.tanh()
 
 
-def crooked() -> Attention:
+class Broken(Tanh):
+    def forward(self, x):
+        return x.no_such_method()
+
+
+def crooked(layer: type[nn.Module] = Tanh) -> Attention:
     model = Attention()
-    model.proj = Tanh()
+    model.proj = layer()
     return model
+
+
+def test_a_layer_that_cannot_be_measured_is_named_and_changes_nothing():
+    model = crooked(Broken)
+    before = snapshot(model)
+    with pytest.raises(AttributeError, match="proj: .*no_such_method"):
+        inject(model, "all-linear")
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize(
@@ -699,6 +740,7 @@ def crooked() -> Attention:
         (Attention, {"dropout": math.nan}, "q_proj: dropout .*nan"),
         (Attention, {"dropout": None}, "q_proj: dropout .*None"),
         (Attention, {"weight_norm": "row"}, "q_proj: weight_norm .*'row'"),
+        (Attention, {"weight_norm": [1]}, r"q_proj: weight_norm .*\[1\]"),
         (Attention, {"rank": 8}, "rank"),
     ],
 )

@@ -21,6 +21,6 @@ def test_a_damaged_cache_file_is_noticed_and_remade(tmp_path, monkeypatch, capsy
     third = quickstart.pretrained(2).state_dict()
     assert "damaged" in capsys.readouterr().out
     assert all(torch.equal(first[name], third[name]) for name in first)
-    assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes()[:32] != b""
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
     quickstart.pretrained(2)
     assert "from the cache" in capsys.readouterr().out
