@@ -463,6 +463,8 @@ def test_the_zero_start_survives_autocast(case, narrow):
 def test_the_frozen_copy_has_storage_of_its_own(case):
     """A₀ = A and B₀ = B at the start, yet to write A or B does not change A₀ or B₀ (Eq. 9)."""
     tensors = SUBJECT.tensors(case.build()[0])
+    if "A0" not in tensors:
+        pytest.skip("the subject has no frozen copy")
     for name in [name for name in tensors if name.endswith("0")]:
         copied, source = tensors[name], tensors[name[:-1]]
         assert torch.equal(copied, source) and not leaf(copied).requires_grad
