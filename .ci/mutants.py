@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis  # noqa: F401  (before the fork, so that no mutant pays for the import)
+import hypothesis
 import pytest
 import torch
 
@@ -223,12 +223,12 @@ def mutants() -> Iterator[tuple[str, str]]:
 
 
 class FirstFailure:
-    """The pytest plugin that remembers the first red test. The slowest test runs last."""
+    """The pytest plugin that remembers the first red test. Those that take longest run last: they draw, or compile."""
 
     name = ""
 
     def pytest_collection_modifyitems(self, items):
-        items.sort(key=lambda item: "compilation" in item.name)
+        items.sort(key=lambda item: ("compilation" in item.name, hypothesis.is_hypothesis_test(item.function)))
 
     def pytest_runtest_logreport(self, report):
         if report.failed and not self.name:
