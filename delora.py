@@ -154,7 +154,7 @@ class DeLoRALinear(nn.Module):
         weight, _ = _weight_and_bias(base_layer)  # (out, in)
         self.out_features, self.in_features = n_out, n_in = weight.shape
         like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-        column = torch.linalg.vector_norm(weight.detach(), dim=0, dtype=like["dtype"])  # (in,)
+        column = torch.linalg.vector_norm(weight, dim=0, dtype=like["dtype"])  # (in,)
         _require(column.is_meta or column.isfinite().all(), f"the weight is not finite, or its norms are not: {kind}")
         norms = {"column": column, "frobenius": column.norm().repeat(n_in), None: torch.ones_like(column)}  # (in,) each
         _require(weight_norm in [*norms], f"weight_norm must be 'column', 'frobenius' or None, got {weight_norm!r}")
@@ -163,7 +163,7 @@ class DeLoRALinear(nn.Module):
         A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, n_in, **like), a=5**0.5))  # (r, in)
         B = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(n_out, r, **like), a=5**0.5))  # (out, r)
         strength = nn.Parameter(torch.full((1,), float(lambda_init), **like))  # (1,)
-        A0, B0, strength0 = (nn.Parameter(p.detach().clone(), requires_grad=False) for p in (A, B, strength))
+        A0, B0, strength0 = (nn.Parameter(p.clone(), requires_grad=False) for p in (A, B, strength))
         self.delora_A, self.delora_B, self.delora_lambda = A, B, strength
         self.delora_A0, self.delora_B0, self.delora_lambda0 = A0, B0, None if tie_lambda else strength0
         self.delora_w_norm = nn.Parameter(norms[weight_norm], requires_grad=False)  # (in,)
@@ -178,8 +178,8 @@ class DeLoRALinear(nn.Module):
         size of w goes to the left factor, so that ‖right x‖_∞ ≤ 2 ‖x‖ does not overflow where x does not.
         """
         wide = torch.promote_types(self.delora_A.dtype, torch.float32)
-        A, A0 = _unit(torch.stack((self.delora_A.to(wide), self.delora_A0.detach().to(wide))), dim=2)  # (r, in) each
-        B, B0 = _unit(torch.stack((self.delora_B.to(wide), self.delora_B0.detach().to(wide))), dim=1)  # (out, r) each
+        A, A0 = _unit(torch.stack((self.delora_A.to(wide), self.delora_A0.detach())), dim=2)  # (r, in) each
+        B, B0 = _unit(torch.stack((self.delora_B.to(wide), self.delora_B0.detach())), dim=1)  # (out, r) each
         peak = self.delora_w_norm.detach().to(wide).max().clamp(min=torch.finfo(wide).tiny)  # ()
         s = self.delora_lambda.to(wide) * peak / len(A)  # (1,)
         s0 = s if self.delora_lambda0 is None else self.delora_lambda0.detach().to(wide) * peak / len(A)  # (1,)
@@ -219,14 +219,13 @@ class DeLoRALinear(nn.Module):
         lambda0 = self.delora_lambda if self.delora_lambda0 is None else self.delora_lambda0
         return (abs(self.delora_lambda.item()) + abs(lambda0.item())) * self.delora_w_norm.max().item()
 
-    @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A new frozen nn.Linear with weight W + ΔW, in the base's dtype. It shares no tensor with this layer.
 
         Its weight is (out, in) also where the base layer is a Conv1D, whose weight is (in, out).
         """
         weight, bias = _weight_and_bias(self.base_layer)  # (out, in), (out,)
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta").train(self.training)
+        linear = nn.Linear(self.in_features, self.out_features, device="meta").train(self.training)
         linear.weight = nn.Parameter((weight + self.delta_weight()).to(weight.dtype).contiguous(), requires_grad=False)
         linear.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
         return linear
@@ -238,7 +237,7 @@ class DeLoRALinear(nn.Module):
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by name, a shared one under each of its names; but nothing that is inside an adapter."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside = tuple(f"{name}.".lstrip(".") for name, module in modules.items() if isinstance(module, DeLoRALinear))
+    inside = tuple(f"{name}.".removeprefix(".") for name, module in modules.items() if isinstance(module, DeLoRALinear))
     return {name: module for name, module in modules.items() if not name or not name.startswith(inside)}
 
 
@@ -421,7 +420,7 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     if all(key.startswith("base_model.model.") and not key.endswith("_A0") for key in state):  # PEFT's
         state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
         ours = {key: value for key, value in state.items() if key.endswith((".delora_A", ".delora_B"))}
-        short = [k for k, v in ours.items() if any(0 < n < 1e-4 for n in v.norm(dim="BA".index(k[-1])).tolist())]
+        short = [k for k, v in ours.items() if any(0 < n < 1e-4 for n in v.norm(dim=int(k[-1] == "A")).tolist())]
         _require(not short, f"PEFT does not normalise what is shorter than 1e-4, this file does: {short}")
         state |= {f"{key}0": torch.zeros_like(value) for key, value in ours.items()}
     layers = {key.rpartition(".")[0] for key in state if _ours(key)}

@@ -51,8 +51,8 @@ except ModuleNotFoundError as error:  # another implementation needs no delora.p
     if error.name != "delora" or not SPEC:
         raise
 
-# fast draws the same examples in every run, so that another outcome means other code. The phase left out, explain, may
-# print another failing example than the smallest.
+# fast draws the same examples in every run, so that another outcome means other code. No deadline: machines are shared.
+# The phase left out, explain, may print another failing example than the smallest.
 PHASES = [phase for phase in Phase if phase is not Phase.explain]
 settings.register_profile("fast", max_examples=100, derandomize=True, deadline=None, phases=PHASES)
 settings.register_profile("thorough", settings.get_profile("fast"), max_examples=1000, derandomize=False)
@@ -145,19 +145,16 @@ def supported_modes(subject) -> list[tuple[str | None, bool]]:
     return modes
 
 
-PROBLEM, SUBJECT, SUPPORTED = "", Reference, [("column", True)]
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("default" if SPEC else "error")
-        SUBJECT = load_subject(SPEC) if SPEC else Reference
-        SUPPORTED = supported_modes(SUBJECT)
-except (Exception, SystemExit) as error:  # whatever somebody else's file may raise; reported below, in one line
-    if not SPEC:
-        raise
-    PROBLEM = f"DELORA_SUBJECT={SPEC}: {type(error).__name__}: {' '.join(str(error).split())}"
-
+PROBLEM, SUBJECT, SUPPORTED = "", Reference, list(itertools.product(MODES, (True, False)))
 if SPEC:
-    pytestmark = pytest.mark.filterwarnings("default")  # what it warns of is not what is tested
+    pytestmark = pytest.mark.filterwarnings("default")  # what a subject warns of is not what is tested
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            SUBJECT = load_subject(SPEC)
+            SUPPORTED = supported_modes(SUBJECT)
+    except (Exception, SystemExit) as error:  # whatever somebody else's file may raise; said below, in one line
+        PROBLEM = f"DELORA_SUBJECT={SPEC}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def ours(test: Callable) -> Callable:
@@ -286,13 +283,15 @@ class Case:
             self.weight_norm
         ]
 
+    def strengths(self, layer: nn.Module) -> list[float]:
+        """λ, and what the frozen copy is multiplied with, if there is one: λ tied, λ₀ untied (Eq. 9)."""
+        tensors = SUBJECT.tensors(layer)
+        current, initial = tensors["lambda"].item(), tensors["lambda0"].item() if "lambda0" in tensors else 3.0
+        return [current, current if self.tie_lambda else initial] if "A0" in tensors else [current]
+
     def bound(self, layer: nn.Module) -> float:
         """What ‖ΔW‖_* cannot exceed (Eq. 6 to 9)."""
-        tensors = SUBJECT.tensors(layer)
-        strengths = [tensors["lambda"]]
-        if "A0" in tensors:
-            strengths.append(tensors.get("lambda0", tensors["lambda"]))
-        return sum(abs(strength.item()) for strength in strengths) * self.w().max().item()
+        return sum(map(abs, self.strengths(layer))) * self.w().max().item()
 
     def rounding(self, layer: nn.Module, size: float = 1.0) -> float:
         """`tol` for what is computed from ΔW, whose terms are as large as its bound; its sums over in, out and 2r."""
@@ -438,8 +437,9 @@ def test_a_new_adapter_changes_no_bit_of_the_output(case, grad):
         assert SUBJECT.delta_weight(layer).count_nonzero() == 0
 
 
-# Seen: a frozen copy in another precision than A and B, which shows as soon as the model is cast.
 @given(case=new_layers(DTYPES), other=st.sampled_from(DTYPES))
+# Seen: a frozen copy in another precision than A and B, which shows as soon as the model is cast.
+@example(case=Case(n_in=5, n_out=2, r=2), other=torch.bfloat16)
 def test_the_zero_start_survives_a_cast(case, other):
     """ΔW = 0 after layer.to(dtype), for every dtype before and after (Eq. 9)."""
     layer, base = case.build()
@@ -458,8 +458,9 @@ def test_the_zero_start_survives_autocast(case, narrow):
         assert torch.equal(layer(x).double(), base(x).double())  # in a wider dtype if the layer likes
 
 
-# Seen: the authors' code assigns `frozen.data = trainable.data`, and on a CPU ΔW is zero for ever.
 @given(case=new_layers())
+# Seen: the authors' code assigns `frozen.data = trainable.data`, and on a CPU ΔW is zero for ever.
+@seen(n_in=5, n_out=2, r=2)
 def test_the_frozen_copy_has_storage_of_its_own(case):
     """A₀ = A and B₀ = B at the start, yet to write A or B does not change A₀ or B₀ (Eq. 9)."""
     tensors = SUBJECT.tensors(case.build()[0])
@@ -590,7 +591,7 @@ def test_the_bound_is_attained_by_aligned_components(case):
     layer, _ = case.build()
     tensors = SUBJECT.tensors(layer)
     length, b = 10.0 ** (case.a[0] or 0), torch.arange(1.0, case.n_out + 1).unsqueeze(1)  # (out, 1)
-    opposite = -math.copysign(1, case.strength) if "lambda0" in tensors else -1
+    opposite = -1 if case.tie_lambda else -math.copysign(1, case.strength)
     with torch.no_grad():
         for A, B, sign in (("A", "B", 1), ("A0", "B0", opposite)):
             if A in tensors:
@@ -704,7 +705,7 @@ def test_the_update_is_linear_in_lambda(case, c):
     at_zero, at_lambda, at_multiple = updates
     rounding = case.rounding(layer)
     assert distance(at_multiple - at_zero, c * (at_lambda - at_zero)) <= rounding * (1 + abs(c) + 1 / abs(c))
-    if "lambda0" not in SUBJECT.tensors(layer):
+    if case.tie_lambda:
         assert at_zero.count_nonzero() == 0
 
 
@@ -827,7 +828,10 @@ def test_weight_output_and_merged_layer_agree(case):
     merged, x = layer.merged(), case.x()
     assert type(merged) is nn.Linear and same_bits(merged.weight, layer.weight)
     assert same_bits(merged(x), F.linear(x, layer.weight, layer.bias))
-    assert (layer.bias is None) == (base.bias is None) and (base.bias is None or same_bits(layer.bias, base.bias))
+    assert (layer.bias is None) == (merged.bias is None) == (base.bias is None)
+    if base.bias is not None:
+        assert same_bits(layer.bias, base.bias) and same_bits(merged.bias, base.bias)
+        assert merged.bias.data_ptr() != base.bias.data_ptr()
     with torch.autocast("cpu", torch.bfloat16):
         assert same_bits(layer.weight, merged.weight) and same_bits(layer.merged().weight, merged.weight)
 
@@ -915,19 +919,23 @@ def test_the_merged_weight_is_rounded_once(case):
     assert ((merged.double() - exact).abs() <= half_ulp + tol(wide, 1, exact)).all()
 
 
-# Seen: merging into the weight of a head that was tied to the embedding, which changed the embedding.
 @given(case=moved_layers(DTYPES, reach=2))
+# Seen: merging into the weight of a head that was tied to the embedding, which changed the embedding.
+@seen(n_in=5, n_out=33, r=2, dtype=torch.float32, a=(0,), b=(0,))
 def test_merging_changes_no_tensor_that_another_module_holds(case):
-    """W and b, which an embedding may share, have the same bits after a merge as before."""
+    """W and b, which an embedding may share, have the same bits after a merge as before; so has the random state."""
     layer, base = case.build()
-    before = copy.deepcopy(base)
+    before, random = copy.deepcopy(base), torch.get_rng_state()
     SUBJECT.merge(layer)
     assert same_bits(base.weight, before.weight)
     assert base.bias is None or same_bits(base.bias, before.bias)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
-# Seen: W − ΔW for W + ΔW − ΔW, which loses bits at every turn; column norms taken anew from the merged weight.
 @given(case=moved_layers(DTYPES, reach=2, strengths=(3.0, -2.0)))
+# Seen: W + ΔW − ΔW for W, which loses bits at every turn; column norms taken anew from the merged weight.
+@seen(n_in=5, n_out=33, r=2, dtype=torch.bfloat16, a=(0,), b=(0,))
+@seen(n_in=5, n_out=33, r=2, dtype=torch.float32, a=(0,), b=(0,))
 def test_merging_and_unmerging_restores_every_bit(case):
     """unmerge(merge(layer)) = layer, bit for bit, five times over."""
     layer, _ = case.build()
@@ -998,6 +1006,12 @@ def test_unmerge_follows_the_mode_of_the_model_and_refuses_what_does_not_fit():
         with pytest.raises(ValueError, match=next(iter(wrong))):
             unmerge(model, taken | wrong)
         assert snapshot(model) == before
+    for other in (nn.Linear(8, 9), nn.Linear(9, 8), Sealed(nn.Linear(8, 8)), DeLoRALinear(nn.Linear(8, 8))):
+        changed = copy.deepcopy(model)
+        changed.q_proj = other
+        with pytest.raises(ValueError, match=f"q_proj: DeLoRALinear was not merged into this {type(other).__name__}"):
+            unmerge(changed, taken)
+        assert changed.q_proj is other and type(changed.first) is nn.Linear
     model.eval().to("meta")  # stands for any other device
     unmerge(model, taken)
     assert all(p.is_meta for p in model.parameters())
@@ -1025,13 +1039,11 @@ def test_disabled_is_the_pretrained_model_and_nests():
 # ------------------------------------------------------------------------------------------------ P9 oracle
 
 
-def oracle(case: Case, layer: nn.Module) -> Tensor:
-    """ΔW by the definition, in float64: a sum over rank-one components, entry by entry."""
+def oracle(case: Case, layer: nn.Module, w: Tensor | None = None) -> Tensor:
+    """ΔW by the definition, in float64: a sum over rank-one components, entry by entry. w is measured if not given."""
     tensors = {name: tensor.detach().double().tolist() for name, tensor in SUBJECT.tensors(layer).items()}
-    (strength,), w = tensors["lambda"], case.w().tolist()
-    terms = [("A", "B", strength)]
-    if "A0" in tensors:
-        terms.append(("A0", "B0", -tensors.get("lambda0", [strength])[0]))
+    w, (strength, *frozen) = (case.w() if w is None else w.double()).tolist(), case.strengths(layer)
+    terms = [("A", "B", strength), *(("A0", "B0", -strength0) for strength0 in frozen)]
     total = [[0.0] * case.n_in for _ in range(case.n_out)]
     for rows, columns, factor in terms:
         for k in range(case.r):
@@ -1089,13 +1101,11 @@ def test_the_factors_are_a_lora_pair_of_twice_the_rank(case):
     left, right = layer.factors()
     assert left.shape == (case.n_out, 2 * case.r) and right.shape == (2 * case.r, case.n_in)
     assert distance(left @ right, oracle(case, layer)) <= case.rounding(layer)
-    for name in ("A", "B", "lambda", "A0", "B0", "lambda0"):  # w stays: the oracle takes it from W
-        p = getattr(layer, f"delora_{name}")
-        if p is not None:
-            p.data = p.data.bfloat16()
-    layer.delora_w_norm.data = layer.delora_w_norm.data.float()
+    layer.to(torch.bfloat16)
     assert {tensor.dtype for tensor in (*layer.factors(), layer.delta_weight())} == {torch.float32}
-    assert distance(layer.delta_weight(), oracle(case, layer)) <= case.rounding(layer)
+    wanted = oracle(case, layer, layer.delora_w_norm)
+    rounding = tol(torch.float32, case.n_in + case.n_out + 2 * case.r, layer.norm_bound())
+    assert distance(layer.delta_weight(), wanted) <= rounding
 
 
 @ours
@@ -1129,8 +1139,9 @@ def through_a_file(state: dict) -> dict:
     return torch.load(buffer, weights_only=True)
 
 
-# Seen: a frozen copy that is a plain attribute, so that a checkpoint lacks it.
 @given(case=moved_layers(DTYPES, reach=2, strengths=(3.0, -2.0)))
+# Seen: a frozen copy that is a plain attribute, so that a checkpoint lacks it.
+@seen(n_in=5, n_out=2, r=2, a=(0,), b=(0,))
 def test_a_saved_layer_computes_the_same_when_loaded(case):
     """layer(x) is the same bit for bit after state_dict, a file, and load_state_dict into a new layer on W."""
     layer, _ = case.build()
@@ -1216,9 +1227,13 @@ def test_a_peft_checkpoint_loads_as_it_is():
     model = Attention()
     load_adapter(model, state)
     assert same_bits(model.q_proj.bias, torch.ones(8)) and model.q_proj.bias.requires_grad
-    state["base_model.model.q_proj.delora_B"] = B * torch.tensor([1.0, 1e-6])
-    with pytest.raises(ValueError, match=r"q_proj\.delora_B"):
-        load_adapter(Attention(), state)
+    short, long = torch.eye(8, 2).double() * 1e-4, torch.eye(2, 8) * 1.5e-4  # at PEFT's clamp, and just above it
+    for value in (B * torch.tensor([1.0, 0.0]), short):
+        load_adapter(Attention(), state | {"base_model.model.q_proj.delora_B": value})
+    load_adapter(Attention(), state | {"base_model.model.q_proj.delora_A": long})
+    for leaf, value in (("B", 0.99 * short), ("A", 0.5 * long)):
+        with pytest.raises(ValueError, match=rf"shorter than 1e-4.*q_proj\.delora_{leaf}"):
+            load_adapter(Attention(), state | {f"base_model.model.q_proj.delora_{leaf}": value})
 
 
 @ours
@@ -1246,11 +1261,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key_and_changes_nothing():
         (fresh, state | {"layers.9.delora_A": torch.randn(3, 8)}, "layers.9.delora_A"),
         (fresh, state | {"norm.delora_A": torch.randn(3, 8)}, "norm.delora_A"),
         (fresh, state | {"norm.weight": torch.randn(9)}, "norm.weight"),
-        (fresh, state | {"codes": torch.randn(8)}, "codes: .*nothing of that name"),
+        (fresh, state | {"codes": torch.randn(8)}, "codes: .*nothing of that name in the model$"),
         (fresh, state | {"second.delora_lambda": torch.tensor([1.0])}, r"(first|second)\.delora_lambda: tied"),
         (fresh, {"q_proj.lora_A.weight": torch.randn(3, 8)}, "q_proj.lora_A.weight"),
         (fresh, {"norm.weight": torch.randn(8)}, "lacks DeLoRA tensors"),
         (fresh, {}, "lacks DeLoRA tensors"),
+        (fresh, {k: v for k, v in state.items() if "0" not in k}, r"q_proj\.delora_A0"),
         (fresh, "adapter.pt", "adapter.pt"),
         (adapted, state, r"q_proj.delora_A: \(3, 8\) in the checkpoint, \(2, 8\) in the model"),
         (more, state, r"proj.delora_A"),
@@ -1458,21 +1474,97 @@ def test_a_new_adapter_takes_the_mode_of_its_base_and_leaves_that_alone():
 
 
 @ours
-def test_a_name_alone_makes_no_transposed_layer():
+def test_a_name_or_an_attribute_alone_makes_no_transposed_layer():
     base = type("Conv1D", (Sealed,), {})(nn.Linear(3, 5))
     assert distance(DeLoRALinear(base).weight, base.inner.weight) <= tol(torch.float32, 1, base.inner.weight)
+    base = nn.Linear(3, 5)
+    base.nf = 5
+    assert same_bits(DeLoRALinear(base).weight, base.weight)
+    for size in ("in_features", "out_features"):
+        model = nn.ModuleDict({"proj": nn.Linear(3, 5), "other": nn.Identity()})
+        setattr(model["other"], size, 3)
+        assert set(inject(model, "all-linear")) == {"proj"}
 
 
 @ours
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_a_large_bias_does_not_round_a_measured_weight_away(dtype):
+@pytest.mark.parametrize("offset", (10.0, -100.0, 100.0, 0.0))
+@pytest.mark.parametrize("scale", (1, 100))
+def test_a_large_bias_does_not_round_a_measured_weight_away(dtype, offset, scale):
     torch.manual_seed(0)
-    linear = nn.Linear(300, 5).to(dtype)
-    linear.bias.data.fill_(10.0)
-    adapter = DeLoRALinear(Sealed(linear))
-    size = linear.weight.abs().max().item() + 10 / 1024  # the bias, as the identity is scaled by 1024
+    linear = nn.Linear(300, 5)
+    linear.weight.data *= scale
+    linear.bias.data.fill_(offset)
+    adapter = DeLoRALinear(Sealed(linear.to(dtype)))
+    size = linear.weight.abs().max().item() + abs(offset) / 1024  # the identity is scaled by 1024
     assert distance(adapter.weight, linear.weight) <= tol(dtype, 1, size)
-    assert same_bits(adapter.bias, linear.bias)
+    assert (adapter.bias is None) == (offset == 0) and (offset == 0 or same_bits(adapter.bias, linear.bias))
+
+
+@ours
+def test_a_layer_of_zeros_is_linear_too():
+    """A head may start at zero. w is zero then, and the adapter without effect, except with weight_norm=None."""
+    linear = nn.Linear(4, 3)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    for base in (linear, Sealed(linear)):
+        layer = DeLoRALinear(base)
+        layer.delora_A.data.normal_()
+        assert layer(torch.randn(2, 4)).count_nonzero() == 0 and layer.norm_bound() == 0
+
+
+@ours
+def test_measuring_leaves_autocast_and_gradients_out():
+    """W is measured in the layer's own precision, and is a constant: its gradient reaches no parameter."""
+    torch.manual_seed(0)
+    base = Sealed(nn.Linear(20, 30))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = DeLoRALinear(base)
+        weight = layer.weight
+    assert distance(weight, base.inner.weight) <= tol(torch.float32, 1, base.inner.weight)
+    assert distance(layer.delora_w_norm, base.inner.weight.norm(dim=0)) <= tol(torch.float32, 30, layer.delora_w_norm)
+    base.requires_grad_(True)
+    layer.weight.sum().backward()
+    assert base.inner.weight.grad is None and layer.delora_A.grad is not None
+
+
+class Packed(torch.Tensor):
+    """A weight as quantised tensors of torchao are: it can be multiplied with, but has no entries to read."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes: Tensor):
+        self.codes = codes
+
+    def __tensor_flatten__(self):
+        return ["codes"], None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            return F.linear(args[0], args[1].codes.float() / 64, *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        raise NotImplementedError(f"{function} on a packed weight")
+
+
+@ours
+def test_a_weight_that_is_packed_into_a_tensor_subclass_is_measured():
+    torch.manual_seed(0)
+    base, x = nn.Linear(6, 4), torch.randn(3, 6)
+    codes = torch.randint(-64, 65, (4, 6), dtype=torch.int8)
+    base.weight = nn.Parameter(Packed(codes), requires_grad=False)
+    layer = DeLoRALinear(base)
+    assert same_bits(layer(x), base(x))
+    layer.delora_A.data.normal_()
+    assert distance(layer.weight - layer.delta_weight(), codes / 64) <= tol(torch.float32, 2, 1 + layer.norm_bound())
+    assert distance(layer.merged()(x), layer(x)) <= tol(torch.float32, 8, layer(x))
 
 
 @ours
@@ -1513,6 +1605,51 @@ def test_merging_while_disabled_loses_nothing():
     with disabled(model):
         merge(model)
     assert distance(model(TOKENS), adapted) <= tol(torch.float32, 8, adapted)
+
+
+@ours
+def test_the_defaults_are_those_of_the_paper_and_its_code():
+    """r = 8, λ = 15, column norms, tied, no dropout."""
+    base = nn.Linear(8, 8)
+    for layer in (DeLoRALinear(base), inject(Attention(), ["q_proj"])["q_proj"]):
+        assert layer.delora_A.shape == (8, 8) and layer.delora_lambda.tolist() == [15.0]
+        assert layer.delora_lambda0 is None and layer.dropout.p == 0
+        wanted = layer.base_layer.weight.norm(dim=0)
+        assert distance(layer.delora_w_norm, wanted) <= tol(torch.float32, 8, wanted)
+
+
+@ours
+def test_the_range_of_lambda_is_closed_below_and_open_above():
+    for value in (1e-30, 1, 9e29):
+        assert DeLoRALinear(nn.Linear(2, 2).double(), lambda_init=value).delora_lambda.item() == value
+    with pytest.raises(ValueError, match=r"got 1e\+30"):
+        DeLoRALinear(nn.Linear(2, 2), lambda_init=1e30)
+
+
+@ours
+def test_the_components_start_uniform_as_the_authors_draw_them():
+    """A ~ U(−1/√in, 1/√in), B ~ U(−1/√r, 1/√r): variance 1 / (3 fan_in)."""
+    torch.manual_seed(0)
+    layer = DeLoRALinear(nn.Linear(400, 300), 100)
+    for p, fan_in in ((layer.delora_A, 400), (layer.delora_B, 100)):
+        edge, n = fan_in**-0.5, p.numel()
+        assert 0.99 * edge < p.abs().max().item() <= edge * (1 + tol(torch.float32, 1))  # 300 and more lie out there
+        assert abs(p.mean().item()) < 5 * edge / (3 * n) ** 0.5  # five standard deviations of a mean of n
+        assert abs(p.square().mean().item() - edge**2 / 3) < 5 * edge**2 * (4 / 45 / n) ** 0.5
+
+
+@ours
+def test_a_model_on_the_meta_device_is_adapted_there_and_filled_later():
+    torch.manual_seed(0)
+    real = Attention()
+    inject(real, "all-linear", r=2)
+    trained(real)
+    with torch.device("meta"):
+        model = Attention()
+        inject(model, "all-linear", r=2)
+    assert all(p.is_meta for p in model.parameters())
+    model.load_state_dict(real.state_dict(), assign=True)
+    assert same_bits(model(TOKENS), real(TOKENS))
 
 
 @ours
@@ -1576,6 +1713,8 @@ def test_layers_that_act_like_linear_are_adapted_and_merged(kind):
     before = model(x)
     adapter = inject(model, "all-linear", r=2)["0"]
     assert same_bits(model(x), before)
+    if kind == "conv1d":  # read, not measured: there is no rounding
+        assert same_bits(adapter.weight, weight.contiguous()) and adapter.bias is bias
     rounding = tol(torch.float32, 1, weight) + tol(torch.float32, 1, 0 if bias is None else bias)
     assert distance(adapter.weight, weight) <= rounding
     assert (adapter.bias is None) == (bias is None)
@@ -1631,7 +1770,10 @@ def test_lambda_has_its_own_learning_rate_and_no_weight_decay():
     assert {id(p) for p in strengths["params"]} == {id(a.delora_lambda) for a in adapters.values()}
     everything = [id(p) for p in rest["params"] + strengths["params"]]
     assert sorted(everything) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert param_groups(model, 1e-2)[1]["lr"] == 1e-2
+    adapters["first"].delora_lambda.requires_grad_(False)
+    rest, strengths = param_groups(model, 1e-2)
+    assert rest["weight_decay"] == 0.0 and strengths["lr"] == 1e-2
+    assert [id(p) for p in strengths["params"]] == [id(adapters["q_proj"].delora_lambda)]
 
 
 @ours

@@ -40,13 +40,13 @@ INIT_A = "nn.init.kaiming_uniform_(torch.empty(r, n_in, **like), a=5**0.5)"
 INIT_B = "nn.init.kaiming_uniform_(torch.empty(n_out, r, **like), a=5**0.5)"
 NORM = "(torch.linalg.vector_norm(v, dim=dim, keepdim=True) + (largest == 0))"
 LARGEST = "    v = v / largest.masked_fill(largest == 0, math.inf)\n"
-COPY = "nn.Parameter(p.detach().clone(), requires_grad=False) for p in (A, B, strength)"
+COPY = "nn.Parameter(p.clone(), requires_grad=False) for p in (A, B, strength)"
 MERGED = "nn.Parameter((weight + self.delta_weight()).to(weight.dtype).contiguous(), requires_grad=False)"
 KNOWN = {
-    "storage shared with the frozen copy": {COPY: COPY.replace(".clone()", "")},
+    "storage shared with the frozen copy": {COPY: COPY.replace("p.clone()", "p.detach()")},
     "B = 0 with a clamp, and no frozen copy": {
         INIT_B: "torch.zeros(n_out, r, **like)",
-        COPY: COPY.replace("p.detach().clone()", "0 * p.detach()"),
+        COPY: COPY.replace("p.clone()", "0 * p"),
         LARGEST: "",
         NORM: "torch.linalg.vector_norm(v, dim=dim, keepdim=True).clamp(min=1e-4)",
     },
@@ -61,13 +61,13 @@ KNOWN = {
         LARGEST: "",
         NORM: "(torch.linalg.vector_norm(v, dim=dim, keepdim=True) + 1e-8)",
     },
-    "norms of A along the wrong axis": {"A0.detach().to(wide))), dim=2)": "A0.detach().to(wide))), dim=1)"},
-    "norms of B along the wrong axis": {"B0.detach().to(wide))), dim=1)": "B0.detach().to(wide))), dim=2)"},
+    "norms of A along the wrong axis": {"A0.detach())), dim=2)": "A0.detach())), dim=1)"},
+    "norms of B along the wrong axis": {"B0.detach())), dim=1)": "B0.detach())), dim=2)"},
     "column norms of W along the wrong axis": {
-        "torch.linalg.vector_norm(weight.detach(), dim=0,": "torch.linalg.vector_norm(weight.detach().T[:n_in], dim=0,"
+        "torch.linalg.vector_norm(weight, dim=0,": "torch.linalg.vector_norm(weight, dim=1,"
     },
     "column norms taken after a merge": {
-        "        return linear": "        self.delora_w_norm.copy_(linear.weight.norm(dim=0))\n        return linear"
+        "        return linear": "        self.delora_w_norm.data = linear.weight.norm(dim=0)\n        return linear"
     },
     "an epsilon added instead of a zero guarded": {
         LARGEST: "",
@@ -78,7 +78,7 @@ KNOWN = {
         NORM: "torch.linalg.vector_norm(v, dim=dim, keepdim=True).clamp(min=1e-12)",
     },
     "merging into the tied tensor": {
-        MERGED: "nn.Parameter(weight.copy_(weight + self.delta_weight()), requires_grad=False)"
+        MERGED: "nn.Parameter(weight.data.copy_(weight + self.delta_weight()), requires_grad=False)"
     },
     "merging rounds twice": {MERGED: MERGED.replace("self.delta_weight())", "self.delta_weight().to(weight.dtype))")},
     ".weight forwarded to the base": {
@@ -134,8 +134,10 @@ def variants(node: ast.AST) -> Iterator[ast.AST | None]:
             yield operand
         case ast.Constant(bool() as value):
             yield ast.Constant(not value)
-        case ast.Constant(int() | float() as value):
+        case ast.Constant(int() as value):
             yield ast.Constant(1 - value if value in (0, 1) else value + 1)
+        case ast.Constant(float() as value):
+            yield ast.Constant(2 * value or 1.0)
         case ast.Constant(str() as value):
             yield ast.Constant(value + "_")
         case ast.Constant(None):
