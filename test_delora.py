@@ -1227,13 +1227,16 @@ def test_a_peft_checkpoint_loads_as_it_is():
     model = Attention()
     load_adapter(model, state)
     assert same_bits(model.q_proj.bias, torch.ones(8)) and model.q_proj.bias.requires_grad
-    short, long = torch.eye(8, 2).double() * 1e-4, torch.eye(2, 8) * 1.5e-4  # at PEFT's clamp, and just above it
-    for value in (B * torch.tensor([1.0, 0.0]), short):
-        load_adapter(Attention(), state | {"base_model.model.q_proj.delora_B": value})
-    load_adapter(Attention(), state | {"base_model.model.q_proj.delora_A": long})
-    for leaf, value in (("B", 0.99 * short), ("A", 0.5 * long)):
-        with pytest.raises(ValueError, match=rf"shorter than 1e-4.*q_proj\.delora_{leaf}"):
+    # PEFT clamps norms of columns of B, and of rows of A, at 1e-4; the norms along the other axis mean nothing
+    clamp = torch.eye(8, 2).double() * 1e-4
+    across = torch.ones(8, 2).index_fill(0, torch.tensor(3), 1e-5)
+    for value in (B * torch.tensor([1.0, 0.0]), clamp, across):
+        for leaf, value in (("B", value), ("A", 1.01 * value.T)):
             load_adapter(Attention(), state | {f"base_model.model.q_proj.delora_{leaf}": value})
+    for value in (0.99 * clamp, torch.ones(8, 2) * torch.tensor([1.0, 1e-5])):
+        for leaf, value in (("B", value), ("A", value.T)):
+            with pytest.raises(ValueError, match=rf"shorter than 1e-4.*q_proj\.delora_{leaf}"):
+                load_adapter(Attention(), state | {f"base_model.model.q_proj.delora_{leaf}": value})
 
 
 @ours
@@ -1479,7 +1482,9 @@ def test_a_name_or_an_attribute_alone_makes_no_transposed_layer():
     assert distance(DeLoRALinear(base).weight, base.inner.weight) <= tol(torch.float32, 1, base.inner.weight)
     base = nn.Linear(3, 5)
     base.nf = 5
-    assert same_bits(DeLoRALinear(base).weight, base.weight)
+    model = nn.Sequential(base)
+    assert same_bits(inject(model, ["0"])["0"].weight, base.weight)
+    unmerge(model, merge(model))  # which compares the sizes
     for size in ("in_features", "out_features"):
         model = nn.ModuleDict({"proj": nn.Linear(3, 5), "other": nn.Identity()})
         setattr(model["other"], size, 3)
@@ -1565,6 +1570,24 @@ def test_a_weight_that_is_packed_into_a_tensor_subclass_is_measured():
     layer.delora_A.data.normal_()
     assert distance(layer.weight - layer.delta_weight(), codes / 64) <= tol(torch.float32, 2, 1 + layer.norm_bound())
     assert distance(layer.merged()(x), layer(x)) <= tol(torch.float32, 8, layer(x))
+
+
+class TermByTerm(nn.Module):
+    """A linear layer that sums in the order that rounds worst: every third adds an error of the same sign."""
+
+    def __init__(self, n_in):
+        super().__init__()
+        self.in_features, self.out_features = n_in, 2
+        self.register_buffer("thirds", torch.full((n_in, 2), 1 / 3))
+
+    def forward(self, x):
+        return sum(x[:, j, None] * self.thirds[j] for j in range(self.in_features))
+
+
+@ours
+def test_a_measured_layer_may_sum_in_any_order():
+    base = TermByTerm(1024)
+    assert distance(DeLoRALinear(base).weight.T, base.thirds) <= tol(torch.float32, 1, base.thirds)
 
 
 @ours

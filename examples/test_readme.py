@@ -44,7 +44,7 @@ def test_a_subject_that_cannot_be_used_is_told_so_in_one_line(tmp_path):
     (tmp_path / "crash.py").write_text("1 / 0\n")
     (tmp_path / "shapes.py").write_text(SUBJECT.replace('"A": layer.delora_A', '"A": layer.delora_A.T'))
     lines = {
-        "nowhere.py": "FileNotFoundError: .*nowhere.py",
+        "nowhere.py": "FileNotFoundError: .*nowhere.py'",
         "nowhere": "ModuleNotFoundError: No module named 'nowhere'",
         "half.py": "TypeError: it lacks tensors, delta_weight, merge",
         "half.py:Layer": "AttributeError: module 'half' has no attribute 'Layer'",
