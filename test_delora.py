@@ -295,10 +295,8 @@ class Case:
 
     def rounding(self, layer: nn.Module, size: float = 1.0) -> float:
         """`tol` for what is computed from ΔW, whose terms are as large as its bound; its sums over in, out and 2r."""
-        A, delta = SUBJECT.tensors(layer)["A"], SUBJECT.delta_weight(layer)
-        coarse = max(A.dtype, delta.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        largest = max(self.bound(layer), norms(delta)[0])
-        return tol(coarse, self.n_in + self.n_out + 2 * self.r, largest * size)
+        largest = max(self.bound(layer), norms(SUBJECT.delta_weight(layer))[0])
+        return tol(SUBJECT.tensors(layer)["A"].dtype, self.n_in + self.n_out + 2 * self.r, largest * size)
 
 
 BATCHES = ((3,), (), (2, 3), (2, 1, 2), (0,), (0, 3))
@@ -792,10 +790,10 @@ def test_the_layer_is_one_linear_map(case):
     largest = effective.abs().max().item() + case.bound(layer) + 1  # of the terms, the bias among them
     size = largest * (x.double().abs().sum(-1).max().item() + 1 if x.numel() else 1)
     assume(size < torch.finfo(case.dtype).max)  # always so in DeLoRA, whose updates are bounded; LoRA's may overflow
+    rounding = tol(case.dtype, 6, size)  # of x, h, y and the three weights
     for training, grad in itertools.product((True, False), repeat=2):
         with torch.set_grad_enabled(grad):
             y = layer.train(training)(x)
-        rounding = tol(case.dtype, 6, size)  # of x, h, y and the three weights
         assert y.dtype == case.dtype and distance(y, wanted) <= rounding, f"{training=}, {grad=}"
 
 

@@ -4,7 +4,7 @@
 # ///
 """Which implementation has which property of DeLoRA: the contract in test_delora.py, run on three of them.
 
-    python examples/conformance.py              the table in the README, in about a minute and a half
+    python examples/conformance.py              the table in the README, in about a minute
     python examples/conformance.py --quick      three of its rows, for CI
 
 delora.py, DeLoRA as PEFT has it, and plain LoRA are each described to the contract by four functions, as any other

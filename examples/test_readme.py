@@ -16,6 +16,13 @@ def text_after(code: str) -> str:
     return re.search(r"```text\n(.*?)```", README[README.index(code) + len(code) :], re.DOTALL)[1]
 
 
+def contract(subject: str | Path, *options: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """DELORA_SUBJECT=subject pytest test_delora.py, in that folder."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, "test_delora.py"]
+    environment = {**os.environ, "DELORA_SUBJECT": str(subject)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
 def test_the_python_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(USE, "README.md", "exec"), {})
@@ -33,9 +40,7 @@ def test_the_subject_of_the_readme_passes_the_contract_as_it_says(tmp_path):
     assert len(SUBJECT.splitlines()) < 25
     for name in ("delora.py", "test_delora.py", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_delora.py"]
-    environment = {**os.environ, "DELORA_SUBJECT": "my_subject.py"}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    run = contract("my_subject.py", folder=tmp_path)
     assert text_after(SUBJECT) in re.sub(r" in [\d.]+s.*", "", run.stdout), run.stdout + run.stderr
 
 
@@ -53,19 +58,14 @@ def test_a_subject_that_cannot_be_used_is_told_so_in_one_line(tmp_path):
     }
     for subject, line in lines.items():
         path = tmp_path / subject if subject.endswith(".py") or ":" in subject else subject
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_delora.py"]
-        environment = {**os.environ, "DELORA_SUBJECT": str(path)}
-        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        run = contract(path)
         (said,) = [text for text in run.stderr.splitlines() if text.strip()]
         prefix = f"ERROR: DELORA_SUBJECT={path}: "
         assert run.returncode == 4 and said.startswith(prefix) and re.fullmatch(line, said.removeprefix(prefix))
 
 
 def test_the_table_has_a_row_for_every_property_of_the_contract():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "test_delora.py"]
-    environment = {**os.environ, "DELORA_SUBJECT": "test_delora:Reference"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    tests = dict.fromkeys(re.findall(r"::test_(\w+)", run.stdout))
+    tests = dict.fromkeys(re.findall(r"::test_(\w+)", contract("test_delora:Reference", "--collect-only").stdout))
     rows = re.findall(r"^\| P\d+ \| ([^|]+?) \|", README, re.MULTILINE)
     assert rows == [name.replace("_", " ") for name in tests]
 
