@@ -50,7 +50,6 @@ Where the paper and its authors' released code differ, and what this file does:
 3. The paper states the radius as λ‖W‖. Around the pretrained W the frozen copy counts too: twice that, as above.
 """
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -80,28 +79,33 @@ def _features(layer: nn.Module | None) -> tuple[int, int] | None:
     return size if all(isinstance(n, int) for n in size) and not hasattr(layer, "delora_A") else None
 
 
-def _weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight (out, in) and the bias (out,) or None of a layer that acts like nn.Linear.
+def _weight_and_bias(layer: nn.Module, spare: Tensor | None = None) -> tuple[Tensor, Tensor | None, bool]:
+    """The weight (out, in), the bias (out,) or None, and whether it is quantised, of a layer that acts like nn.Linear.
 
     Where they cannot be read (the layer has a forward of its own, or packs its weight into a tensor subclass) they are
     measured: a linear layer maps zero to its bias, and row j of the identity to column j of its weight plus the bias.
-    The identity is scaled by 1024, so that a large bias in a narrow dtype does not round the weight away.
+    The identity is scaled by 1024, so that a large bias in a narrow dtype does not round the weight away. It has the
+    dtype of the layer's floating-point tensors, or of spare if the layer has none.
     """
+    tensors = [*layer.parameters(), *layer.buffers(), torch.empty(0) if spare is None else spare]
+    _require(not any(hasattr(t, "full_tensor") for t in tensors), "sharded: adapt or merge it unsharded", TypeError)
     transposed = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
     if (transposed or type(layer).forward is nn.Linear.forward) and not hasattr(layer.weight, "__tensor_flatten__"):
-        return layer.weight.T if transposed else layer.weight, layer.bias  # (out, in), (out,)
-    (n_in, n_out), tensors = _features(layer), [*layer.parameters(), *layer.buffers(), torch.empty(0)]
+        return layer.weight.T if transposed else layer.weight, layer.bias, False  # (out, in), (out,)
+    n_in, n_out = _features(layer)
     like = {"device": tensors[0].device, "dtype": next(t.dtype for t in tensors if t.dtype in FLOATS)}
     with torch.no_grad(), torch.autocast(like["device"].type, enabled=False):
-        bias = layer(torch.zeros(1, n_in, **like))[0]  # (out,)
+        # subtle: an input without requires_grad makes bitsandbytes repack its weight on some CPUs, for inference only
+        bias, y = layer(torch.tensor([[0.0], [-2.0]], **like).repeat(1, n_in).requires_grad_())  # (out,) each
         weight = bias.new_empty(n_out, n_in)  # (out, in)
         for j in range(0, n_in, 256):  # in blocks, so that nothing else is as large as the weight
             rows = 1024 * torch.eye(256, n_in, **like).roll(j, dims=1)[: n_in - j]  # (≤ 256, in), from row j on
-            weight[:, j : j + 256] = (layer(rows) - bias).T / 1024  # (out, ≤ 256)
-        excess = layer(torch.full((1, n_in), -2.0, **like))[0] - bias + 2 * weight.sum(1)  # (out,), 0 if it is linear
-        rounding = (8 * torch.finfo(bias.dtype).eps + n_in * 2**-23) * (2 * weight.abs().sum(1) + bias.abs())  # (out,)
-    _require((excess.abs() <= rounding).all(), f"{type(layer).__name__} is not linear, or not finite", TypeError)
-    return weight, bias if bias.any() else None
+            weight[:, j : j + 256] = (layer(rows.requires_grad_()) - bias).T / 1024  # (out, ≤ 256)
+    # A quantised layer may round inside to fewer bits than it returns, and not say so; what bends is off by far more.
+    close = (y - bias + 2 * weight.sum(1)).abs() <= (2 * weight.abs().sum(1) + bias.abs()) / 16  # (out,)
+    _require(close.all(), f"{type(layer).__name__} is not linear, or not finite", TypeError)
+    stored = [t.numel() for t in tensors if t.dtype in FLOATS and not hasattr(t, "__tensor_flatten__")]
+    return weight, bias if bias.any() else None, weight.numel() not in stored  # quantised if W is nowhere in floats
 
 
 # ------------------------------------------------------------------------------------------------ the layer
@@ -114,7 +118,7 @@ def _unit(v: Tensor, dim: int) -> Tensor:
     constant, since v / ‖v‖ does not depend on it. No epsilon: what is added to the norm is 1 for zero, 0 for the rest.
     """
     largest = v.detach().abs().amax(dim, keepdim=True)
-    v = v / largest.masked_fill(largest == 0, math.inf)
+    v = v / largest.masked_fill(largest == 0, torch.inf)
     return v / (torch.linalg.vector_norm(v, dim=dim, keepdim=True) + (largest == 0))
 
 
@@ -134,6 +138,8 @@ class DeLoRALinear(nn.Module):
         weight_norm: "column" (w_j = ‖W[:, j]‖), "frobenius" (w_j = ‖W‖_F for every j) or None (w_j = 1).
         tie_lambda: True scales the frozen copy by the current λ, False by the initial one (Eq. 9).
         dropout: probability of dropping an entry of the adapter's input in training. `weight` knows no dropout.
+        dtype: of x, for a quantised layer without any floating-point tensor to tell (torch's default if None). It is
+            the dtype of `weight` then. `inject` and `load_adapter` pass that of the model's first parameter.
 
     Raises:
         TypeError: base_layer does not act like nn.Linear, or is adapted already.
@@ -141,8 +147,8 @@ class DeLoRALinear(nn.Module):
             lambda_init in [1e-30, 1e30), dropout in [0, 1).
     """
 
-    def __init__(self, base_layer: nn.Module, r: int = 8, lambda_init: float = 15.0, *,
-                 weight_norm: str | None = "column", tie_lambda: bool = True, dropout: float = 0.0):
+    def __init__(self, base_layer: nn.Module, r: int = 8, lambda_init: float = 15.0, *, tie_lambda: bool = True,
+                 weight_norm: str | None = "column", dropout: float = 0.0, dtype: torch.dtype | None = None):
         super().__init__()
         kind, size = type(base_layer).__name__, _features(base_layer)
         _require(size is not None, f"{kind} does not act like nn.Linear, or is adapted already", TypeError)
@@ -151,7 +157,7 @@ class DeLoRALinear(nn.Module):
         for name, value, low, high in (("lambda_init", lambda_init, 1e-30, 1e30), ("dropout", dropout, 0, 1)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _require(number and low <= value < high, f"{name} must be a number in [{low}, {high}), got {value!r}")
-        weight, _ = _weight_and_bias(base_layer)  # (out, in)
+        weight, _, quantised = _weight_and_bias(base_layer, torch.empty(0, dtype=dtype))  # (out, in)
         self.out_features, self.in_features = n_out, n_in = weight.shape
         like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
         column = torch.linalg.vector_norm(weight, dim=0, dtype=like["dtype"])  # (in,)
@@ -160,13 +166,13 @@ class DeLoRALinear(nn.Module):
         _require(weight_norm in [*norms], f"weight_norm must be 'column', 'frobenius' or None, got {weight_norm!r}")
 
         # What is frozen is a parameter too, not a buffer: whatever casts, moves or shards A must do the same to A₀.
-        A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, n_in, **like), a=5**0.5))  # (r, in)
-        B = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(n_out, r, **like), a=5**0.5))  # (out, r)
-        strength = nn.Parameter(torch.full((1,), float(lambda_init), **like))  # (1,)
-        A0, B0, strength0 = (nn.Parameter(p.clone(), requires_grad=False) for p in (A, B, strength))
-        self.delora_A, self.delora_B, self.delora_lambda = A, B, strength
+        self.delora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, n_in, **like), a=5**0.5))  # (r, in)
+        self.delora_B = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(n_out, r, **like), a=5**0.5))  # (out, r)
+        self.delora_lambda = nn.Parameter(torch.full((1,), float(lambda_init), **like))  # (1,)
+        A0, B0, strength0 = (nn.Parameter(p.clone(), requires_grad=False) for p in [*self.parameters()])
         self.delora_A0, self.delora_B0, self.delora_lambda0 = A0, B0, None if tie_lambda else strength0
         self.delora_w_norm = nn.Parameter(norms[weight_norm], requires_grad=False)  # (in,)
+        self.delora_quantised = nn.Parameter(weight.new_ones(1), requires_grad=False) if quantised else None  # (1,)
         self.base_layer, self.dropout, self.enabled = base_layer.requires_grad_(False), nn.Dropout(dropout), True
         self.training = self.dropout.training = base_layer.training
 
@@ -198,21 +204,17 @@ class DeLoRALinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """ΔW (out, in), in float32 or wider, with gradients."""
-        left, right = self.factors()
-        with torch.autocast(left.device.type, enabled=False):
-            return left @ right  # (out, in)
+        with torch.autocast(self.delora_A.device.type, enabled=False):
+            return torch.matmul(*self.factors())  # (out, in)
 
     @property
     def weight(self) -> Tensor:
         """W + ΔW (out, in), summed in ΔW's precision and rounded once to W's; with gradients, so that code which reads
         the weight instead of calling the layer adapts too."""
-        weight, _ = _weight_and_bias(self.base_layer)  # (out, in)
+        weight, _, _ = _weight_and_bias(self.base_layer, self.delora_quantised)  # (out, in)
         return (weight + self.delta_weight()).to(weight.dtype) if self.enabled else weight
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias (out,), or None."""
-        return _weight_and_bias(self.base_layer)[1]
+    bias = property(lambda self: _weight_and_bias(self.base_layer, self.delora_quantised)[1])  # (out,) or None
 
     def norm_bound(self) -> float:
         """2 |λ| max_j w_j if tied, else (|λ| + |λ₀|) max_j w_j: at least ‖ΔW‖_* up to rounding (Eq. 6 to 9)."""
@@ -224,7 +226,7 @@ class DeLoRALinear(nn.Module):
 
         Its weight is (out, in) also where the base layer is a Conv1D, whose weight is (in, out).
         """
-        weight, bias = _weight_and_bias(self.base_layer)  # (out, in), (out,)
+        weight, bias, _ = _weight_and_bias(self.base_layer, self.delora_quantised)  # (out, in), (out,)
         linear = nn.Linear(self.in_features, self.out_features, device="meta").train(self.training)
         linear.weight = nn.Parameter((weight + self.delta_weight()).to(weight.dtype).contiguous(), requires_grad=False)
         linear.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
@@ -247,9 +249,7 @@ def _adapters(model: nn.Module) -> dict[str, DeLoRALinear]:
     return found
 
 
-def _ours(name: str) -> bool:
-    """Whether the parameter of that name belongs to an adapter."""
-    return name.rpartition(".")[2].startswith("delora_")
+_ours = re.compile(r"(.*\.)?delora_[^.]*").fullmatch  # whether a parameter of that name belongs to an adapter
 
 
 def _matching(patterns: Iterable[str] | str, modules: Mapping[str, nn.Module], free: list[str]) -> set[str]:
@@ -281,12 +281,13 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> dict[str, 
 def _build(model: nn.Module, plan: Mapping[str, dict]) -> dict[nn.Module, DeLoRALinear]:
     """An adapter for every module named in plan, {name: arguments of DeLoRALinear}. The model stays as it is."""
     modules, built = _modules(model), {}
+    dtype = next((p.dtype for name, p in model.named_parameters() if p.dtype in FLOATS and not _ours(name)), None)
     with ExitStack() as stack:  # DeLoRALinear freezes its base layer, but nothing may change before all are built
         for p in model.parameters():
             stack.callback(setattr, p, "requires_grad", p.requires_grad)
         for name, arguments in plan.items():
             try:
-                built[modules[name]] = DeLoRALinear(modules[name], **arguments)
+                built[modules[name]] = DeLoRALinear(modules[name], **{"dtype": dtype} | arguments)
             except (TypeError, ValueError, RuntimeError, AttributeError) as error:
                 raise type(error)(f"{name or 'the model itself'}: {error}") from error
     return built
@@ -319,10 +320,10 @@ def inject(model: nn.Module, target_modules: Iterable[str] | str, r: int = 8, la
     for module, name in chosen.items():
         _require(sum(k in chosen for k in module.modules()) == 1, f"{name or 'the model'} contains another target")
     _require(chosen, f"target_modules={target_modules!r} and exclude={exclude!r} leave no layer to adapt")
-    plan = {name: {"r": r, "lambda_init": lambda_init, **options} for name in chosen.values()}
-    adapters = _replace(model, _build(model, plan))
+    options |= {"r": r, "lambda_init": lambda_init}
+    adapters = _replace(model, _build(model, dict.fromkeys(chosen.values(), options)))
     for name, p in model.named_parameters():
-        p.requires_grad = p.requires_grad and _ours(name)
+        p.requires_grad = p.requires_grad and bool(_ours(name))
     return adapters
 
 
@@ -357,9 +358,8 @@ def unmerge(model: nn.Module, adapters: Mapping[str, DeLoRALinear]) -> None:
         old, fits = modules.get(name), isinstance(new, DeLoRALinear)
         fits = fits and isinstance(old, nn.Linear) and _features(old) == _features(new.base_layer)
         _require(fits, f"{name}: {type(new).__name__} was not merged into this {type(old).__name__}")
-    for name, new in adapters.items():
-        new.train(modules[name].training).to(modules[name].weight.device)
-    _replace(model, {modules[name]: new for name, new in adapters.items()})
+    _replace(model, {old: adapters[name].train(old.training).to(old.weight.device)
+                     for name, old in modules.items() if name in adapters})
 
 
 @contextmanager
@@ -382,11 +382,10 @@ def param_groups(model: nn.Module, lr: float, lambda_lr: float | None = None, we
     of the same size turns a shorter vector further, so in effect it is a learning rate that rises over time. On λ it
     would pull the strength to zero, hence none. On a new head it does what it always does.
     """
-    strengths = {adapter.delora_lambda for adapter in _adapters(model).values()}
+    strengths = dict.fromkeys(a.delora_lambda for a in _adapters(model).values() if a.delora_lambda.requires_grad)
     others = [p for p in model.parameters() if p.requires_grad and p not in strengths]
-    strengths = [p for p in model.parameters() if p.requires_grad and p in strengths]
     return [{"params": others, "lr": lr, "weight_decay": weight_decay},
-            {"params": strengths, "lr": lr if lambda_lr is None else lambda_lr, "weight_decay": 0.0}]
+            {"params": [*strengths], "lr": lr if lambda_lr is None else lambda_lr, "weight_decay": 0.0}]
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -396,7 +395,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         ValueError: there is no adapter.
     """
     _adapters(model)
-    return {n: p.data.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or _ours(n)}
+    changed = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad or _ours(n)}
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).data.clone() for n, p in changed.items()}
 
 
 def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, DeLoRALinear]:
@@ -414,9 +414,9 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
             the model's. The message has its key, and the model is as it was.
     """
     _require(isinstance(state_dict, Mapping), f"state_dict must be a dict of tensors, got {state_dict!r}", TypeError)
-    state = dict(state_dict)
-    wrong = [k for k, v in state.items() if not (isinstance(v, Tensor) and v.dtype in FLOATS and v.isfinite().all())]
+    wrong = [k for k, v in state_dict.items() if getattr(v, "dtype", None) not in FLOATS or not v.isfinite().all()]
     _require(not wrong, f"not finite floating-point tensors: {wrong}", TypeError)
+    state = dict(state_dict)
     if all(key.startswith("base_model.model.") and not key.endswith("_A0") for key in state):  # PEFT's
         state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
         ours = {key: value for key, value in state.items() if key.endswith((".delora_A", ".delora_B"))}
@@ -424,24 +424,30 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         _require(not short, f"PEFT does not normalise what is shorter than 1e-4, this file does: {short}")
         state |= {f"{key}0": torch.zeros_like(value) for key, value in ours.items()}
     layers = {key.rpartition(".")[0] for key in state if _ours(key)}
-    free = [name for name, module in _modules(model).items() if name in layers and _features(module)]
-    ranks = {name: state.get(f"{name}.delora_A", torch.empty(1)).shape[:1].numel() for name in free}
-    built = _build(model, {n: {"r": r, "tie_lambda": f"{n}.delora_lambda0" not in state} for n, r in ranks.items()})
-    new = {name: built[module] for name, module in _modules(model).items() if module in built}
-    named = dict(model.named_parameters(remove_duplicate=False))
-    named |= {f"{name}.{leaf}": p for name, layer in new.items() for leaf, p in layer.named_parameters()}
-    expected = {key: p for key, p in named.items() if (key in state or _ours(key)) and p.dtype in FLOATS}
-    filled = {expected[key]: value for key, value in state.items() if key in expected}
-    missing = [key for key, p in expected.items() if p not in filled]
-    _require(layers and not missing, f"the checkpoint has {[*state][:3]} ..., but lacks {missing or 'DeLoRA tensors'}")
+    free = tuple(f"{name}." for name, module in _modules(model).items() if name in layers and _features(module))
+    ranks = {name: state.get(f"{name}delora_A", torch.empty(1)).shape[:1].numel() for name in free}
+    built = _build(model, {n[:-1]: {"r": r, "tie_lambda": f"{n}delora_lambda0" not in state} for n, r in ranks.items()})
+    old = [(k, p) for k, p in model.named_parameters(remove_duplicate=False) if not k.startswith(free)]
+    new = [(f"{n}.{k}", p) for n, m in _modules(model).items() if m in built for k, p in built[m].named_parameters()]
+    named = {key: p for key, p in [*old, *new] if p.dtype in FLOATS}  # as after the replacement
+    # A float layer takes an adapter that was trained on a quantised one (as QLoRA merges), not the other way round.
+    state = {key: value for key, value in state.items() if key in named or not key.endswith("delora_quantised")}
+    filled = {named[key]: value for key, value in state.items() if key in named}
+    missing = [key for key, p in named.items() if _ours(key) and p not in filled]
+    _require(layers, f"state_dict lacks DeLoRA tensors{', it is LoRA' * ('.lora_' in str([*state]))}: {[*state][:3]}")
+    _require(not missing, f"the checkpoint lacks {missing}{', quantised here, not there' * ('_quant' in str(missing))}")
     for key, value in state.items():
-        here, there = tuple(value.shape), tuple(expected[key].shape) if key in expected else "nothing of that name"
+        here, there = tuple(value.shape), tuple(named[key].shape) if key in named else "nothing of that name"
         _require(here == there, f"{key}: {here} in the checkpoint, {there} in the model")
-        _require(torch.equal(filled[expected[key]], value), f"{key}: tied in the model, not in the checkpoint")
+    # The names of a tied parameter that the checkpoint does not have keep their value: it must be that of the others.
+    tied = [k for k, p in named.items() if p in filled and not torch.equal(state.get(k, p).to(filled[p]), filled[p])]
+    _require(not tied, f"{', '.join(tied)}: tied in the model, not in the checkpoint")
     _replace(model, built)
     for key, p in named.items():
         p.requires_grad = p.requires_grad if _ours(key) else p in filled
     with torch.no_grad():
         for p, value in filled.items():
+            if hasattr(p, "full_tensor"):  # sharded: every process keeps its part
+                value = torch.distributed.tensor.distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
             p.copy_(value)
     return _adapters(model)

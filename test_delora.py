@@ -1286,8 +1286,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key_and_changes_nothing():
         (fresh, state | {"norm.weight": torch.randn(9)}, "norm.weight"),
         (fresh, state | {"codes": torch.randn(8)}, "codes: .*nothing of that name in the model$"),
         (fresh, state | {"second.delora_lambda": torch.tensor([1.0])}, r"(first|second)\.delora_lambda: tied"),
-        (fresh, {"q_proj.lora_A.weight": torch.randn(3, 8)}, "q_proj.lora_A.weight"),
-        (fresh, {"norm.weight": torch.randn(8)}, "lacks DeLoRA tensors"),
+        (fresh, {"q_proj.lora_A.weight": torch.randn(3, 8)}, "lacks DeLoRA .*, it is LoRA: .*q_proj.lora_A.weight"),
+        (fresh, {"base_model.model.proj.lora_A.weight": torch.randn(3, 8)}, "lacks DeLoRA tensors, it is LoRA: "),
+        (fresh, {"norm.weight": torch.randn(8)}, r"lacks DeLoRA tensors: \['norm.weight'\]$"),
         (fresh, {}, "lacks DeLoRA tensors"),
         (fresh, {k: v for k, v in state.items() if "0" not in k}, r"q_proj\.delora_A0"),
         (fresh, "adapter.pt", "adapter.pt"),
@@ -1299,6 +1300,100 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key_and_changes_nothing():
         with pytest.raises((ValueError, TypeError), match=message):
             load_adapter(model, wrong)
         assert snapshot(model) == before, message
+
+
+@ours
+def test_an_adapter_that_was_trained_on_floats_is_refused_where_the_layer_is_quantised():
+    """The rounding of W is in no tensor of the adapter; delora_quantised in its checkpoint says if there was any."""
+    torch.manual_seed(0)
+    pretrained = Attention()
+    floats, codes = copy.deepcopy(pretrained), copy.deepcopy(pretrained)
+    codes.proj = Int8Linear(codes.proj)
+    fresh = copy.deepcopy(codes)
+    for model in (floats, codes):
+        inject(model, ["proj", "q_proj"], r=2)
+        trained(model)
+    state, quantised = (through_a_file(adapter_state_dict(model)) for model in (floats, codes))
+    assert quantised.keys() - state.keys() == {"proj.delora_quantised"}
+    peft = {f"base_model.model.{key}": value for key, value in state.items() if not key.endswith("0")}
+    for wrong in (state, peft):
+        for model in (fresh, codes):
+            before = snapshot(model)
+            with pytest.raises(ValueError, match=r"lacks \['proj.delora_quantised'\], quantised here, not there"):
+                load_adapter(model, wrong)
+            assert snapshot(model) == before
+    load_adapter(fresh, quantised)
+    assert same_bits(fresh(TOKENS), codes(TOKENS))
+    load_adapter(pretrained, quantised)  # the other way round is what QLoRA does to merge without a second rounding
+    assert same_bits(pretrained.proj.delta_weight(), codes.proj.delta_weight())
+    assert pretrained.proj.delora_quantised is None
+    assert not any("quantised" in key for key in adapter_state_dict(pretrained))
+
+
+@ours
+def test_a_checkpoint_that_unties_what_the_model_ties_is_refused():
+    """PEFT saves a trained copy of one of two tied layers. To load it would change the other one too."""
+    torch.manual_seed(0)
+    source = Attention()
+    inject(source, ["q_proj", "first"], r=2)
+    state = adapter_state_dict(source)
+    head, shared = state | {"head.weight": torch.randn(16, 8)}, {k: v for k, v in state.items() if "second" not in k}
+    for wrong, message in ((head, "^embed.weight: tied"), (shared, "^second.delora_A, .*second.delora_w_norm: tied")):
+        model = Attention()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(model, wrong)
+        assert snapshot(model) == before
+    torch.manual_seed(0)
+    model = Attention().bfloat16()
+    unchanged = state | {"head.weight": model.head.weight.detach().clone().float()}
+    load_adapter(model, unchanged)
+    assert model.embed.weight.requires_grad and model.head.weight is model.embed.weight
+
+
+@pytest.fixture
+def process_group():
+    """This process as a group of its own: enough for tensors to be sharded, without a second process."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@ours
+def test_a_sharded_model_is_saved_whole_loads_and_is_not_adapted_or_merged(process_group):
+    """FSDP2: examples/test_hosts.py has two processes. Here is what a single one can see."""
+    fully_shard = getattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard", None)
+    if fully_shard is None:
+        pytest.skip("FSDP2 is torch 2.6's")
+    torch.manual_seed(0)
+    pretrained = Attention()
+    del pretrained.second, pretrained.head
+    pretrained.forward = None
+    model, plain = copy.deepcopy(pretrained), copy.deepcopy(pretrained)
+    inject(model, ["q_proj", "proj"], r=2, tie_lambda=False)
+    model.norm.requires_grad_(True)
+    state = {name: torch.randn_like(value) for name, value in adapter_state_dict(model).items()}
+    fully_shard(model)
+    load_adapter(model, state)
+    saved = adapter_state_dict(model)
+    assert saved.keys() == state.keys() and "norm.weight" in saved
+    for name, value in saved.items():
+        assert type(value) is Tensor and same_bits(value, state[name])
+        assert hasattr(model.get_parameter(name), "full_tensor") and value.data_ptr() != state[name].data_ptr()
+    fully_shard(plain)
+    for call, message in (
+        (lambda: inject(model, ["first"]), "^first: sharded"),
+        (lambda: inject(plain, "all-linear"), "^q_proj: sharded"),
+        (lambda: merge(model), "^sharded"),
+        (lambda: model.proj.weight, "^sharded"),
+    ):
+        before = snapshot(model), snapshot(plain)
+        with pytest.raises(TypeError, match=message):
+            call()
+        assert (snapshot(model), snapshot(plain)) == before
 
 
 # ------------------------------------------------------------------------------------------------ P11 nothing half done
@@ -1620,6 +1715,75 @@ def test_a_layer_that_is_not_linear_is_refused_in_every_dtype(dtype):
         with pytest.raises(TypeError, match="Sealed is not linear"):
             DeLoRALinear(base)
         assert all(p.requires_grad for p in base.parameters())
+
+
+class Repacked(nn.Module):
+    """As a 4-bit layer of bitsandbytes on some CPUs: the first input without requires_grad ends its training."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.packed = linear.in_features, linear.out_features, False
+        self.register_buffer("codes", linear.weight.detach())
+
+    def forward(self, x):
+        self.packed |= not x.requires_grad
+        return F.linear(x.detach() if self.packed else x, self.codes)
+
+
+@ours
+def test_measuring_leaves_a_layer_fit_for_training():
+    base, x = Repacked(nn.Linear(300, 5)), torch.randn(2, 300, requires_grad=True)
+    layer = DeLoRALinear(base)
+    layer(x).sum().backward()
+    assert not base.packed and x.grad.count_nonzero()
+
+
+class Codes(nn.Module):
+    """A quantised layer that has no floating-point tensor, and takes x as it comes."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.in_features, self.out_features, self.seen = n_in, n_out, set()
+        self.codes = nn.Parameter(torch.randint(-64, 65, (n_out, n_in), dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        self.seen.add(x.dtype)
+        return F.linear(x, self.codes.to(x.dtype) / 512)
+
+
+@ours
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_quantised_layer_is_measured_and_merged_in_the_dtype_of_its_model(dtype):
+    """It does not know in which dtype it is called, and the adapters of other layers do not tell: its model does."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Codes(6, 6), nn.Linear(6, 6), Codes(6, 4)).to(dtype), torch.randn(2, 6, dtype=dtype)
+    inject(model, ["1"])
+    adapter, base = inject(model, ["0", "2"], r=2)["2"], model[2].base_layer
+    assert base.seen == {dtype} and adapter.delora_A.dtype == torch.promote_types(dtype, torch.float32)
+    adapter.delora_A.data.normal_()
+    adapted = model(x)
+    assert adapter.weight.dtype == dtype and adapter.bias is None
+    taken = merge(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert distance(model(x), adapted) <= tol(dtype, 3 * 6, adapted) + tol(dtype, 6, adapter.norm_bound())
+    unmerge(model, taken)
+    model.to(torch.bfloat16)  # what it is cast to later counts too
+    assert adapter.weight.dtype == torch.bfloat16
+    assert DeLoRALinear(base).weight.dtype == torch.float32
+    assert DeLoRALinear(base, dtype=torch.float16).merged().weight.dtype == torch.float16
+
+
+@ours
+def test_a_layer_may_round_inside_to_fewer_bits_than_it_returns():
+    """bfloat16 products in a layer that is given and returns float32: linear, but for rounding that shows nowhere."""
+
+    class Inside(Sealed):
+        def forward(self, x):
+            return F.linear(x.bfloat16(), self.inner.weight.bfloat16()).float() + self.inner.bias
+
+    torch.manual_seed(0)
+    base = Inside(nn.Linear(300, 40))
+    assert distance(DeLoRALinear(base).weight, base.inner.weight) <= tol(torch.bfloat16, 1, base.inner.weight)
 
 
 @ours
