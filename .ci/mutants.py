@@ -39,7 +39,7 @@ TIMEOUT = 300  # seconds; a mutant that hangs is noticed
 INIT_A = "nn.init.kaiming_uniform_(torch.empty(r, n_in, **like), a=5**0.5)"
 INIT_B = "nn.init.kaiming_uniform_(torch.empty(n_out, r, **like), a=5**0.5)"
 NORM = "(torch.linalg.vector_norm(v, dim=dim, keepdim=True) + (largest == 0))"
-LARGEST = "    v = v / largest.masked_fill(largest == 0, math.inf)\n"
+LARGEST = "    v = v / largest.masked_fill(largest == 0, torch.inf)\n"
 COPY = "nn.Parameter(p.clone(), requires_grad=False) for p in [*self.parameters()]"
 MERGED = "nn.Parameter((weight + self.delta_weight()).to(weight.dtype).contiguous(), requires_grad=False)"
 KNOWN = {
