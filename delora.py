@@ -84,16 +84,18 @@ def _weight_and_bias(layer: nn.Module, spare: Tensor | None = None) -> tuple[Ten
 
     Where they cannot be read (the layer has a forward of its own, or packs its weight into a tensor subclass) they are
     measured: a linear layer maps zero to its bias, and row j of the identity to column j of its weight plus the bias.
-    The identity is scaled by 1024, so that a large bias in a narrow dtype does not round the weight away. It has the
-    dtype of the layer's floating-point tensors, or of spare if the layer has none.
+    The identity is scaled by 1024, so that a large bias in a narrow dtype does not round the weight away. Its
+    dtype is that of the layer's weight or, if that is no floating-point tensor, of spare: scales may have another one.
     """
-    tensors = [*layer.parameters(), *layer.buffers(), torch.empty(0) if spare is None else spare]
+    tensors = [*layer.parameters(), *layer.buffers()]
     _require(not any(hasattr(t, "full_tensor") for t in tensors), "sharded: adapt or merge it unsharded", TypeError)
     transposed = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
     if (transposed or type(layer).forward is nn.Linear.forward) and not hasattr(layer.weight, "__tensor_flatten__"):
         return layer.weight.T if transposed else layer.weight, layer.bias, False  # (out, in), (out,)
-    n_in, n_out = _features(layer)
-    like = {"device": tensors[0].device, "dtype": next(t.dtype for t in tensors if t.dtype in FLOATS)}
+    (n_in, n_out), floats = _features(layer), [t for t in tensors if t.dtype in FLOATS]
+    whole = [t for t in floats if t.numel() == n_in * n_out]  # W, as numbers or packed into a tensor subclass
+    first = next(t for t in (*whole, spare, *floats, torch.empty(0)) if t is not None)
+    like = {"device": [*tensors, first][0].device, "dtype": first.dtype}
     with torch.no_grad(), torch.autocast(like["device"].type, enabled=False):
         # subtle: an input without requires_grad makes bitsandbytes repack its weight on some CPUs, for inference only
         bias, y = layer(torch.tensor([[0.0], [-2.0]], **like).repeat(1, n_in).requires_grad_())  # (out,) each
@@ -104,8 +106,7 @@ def _weight_and_bias(layer: nn.Module, spare: Tensor | None = None) -> tuple[Ten
     # A quantised layer may round inside to fewer bits than it returns, and not say so; what bends is off by far more.
     close = (y - bias + 2 * weight.sum(1)).abs() <= (2 * weight.abs().sum(1) + bias.abs()) / 16  # (out,)
     _require(close.all(), f"{type(layer).__name__} is not linear, or not finite", TypeError)
-    stored = [t.numel() for t in tensors if t.dtype in FLOATS and not hasattr(t, "__tensor_flatten__")]
-    return weight, bias if bias.any() else None, weight.numel() not in stored  # quantised if W is nowhere in floats
+    return weight, bias if bias.any() else None, all(hasattr(t, "__tensor_flatten__") for t in whole)
 
 
 # ------------------------------------------------------------------------------------------------ the layer
@@ -138,8 +139,8 @@ class DeLoRALinear(nn.Module):
         weight_norm: "column" (w_j = ‖W[:, j]‖), "frobenius" (w_j = ‖W‖_F for every j) or None (w_j = 1).
         tie_lambda: True scales the frozen copy by the current λ, False by the initial one (Eq. 9).
         dropout: probability of dropping an entry of the adapter's input in training. `weight` knows no dropout.
-        dtype: of x, for a quantised layer without any floating-point tensor to tell (torch's default if None). It is
-            the dtype of `weight` then. `inject` and `load_adapter` pass that of the model's first parameter.
+        dtype: of x, for a quantised layer, whose codes do not tell; `weight` has it too. None is that of a bias, scales
+            or torch's default. `inject` and `load_adapter` pass that of the model's first floating-point parameter.
 
     Raises:
         TypeError: base_layer does not act like nn.Linear, or is adapted already.
@@ -157,7 +158,7 @@ class DeLoRALinear(nn.Module):
         for name, value, low, high in (("lambda_init", lambda_init, 1e-30, 1e30), ("dropout", dropout, 0, 1)):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _require(number and low <= value < high, f"{name} must be a number in [{low}, {high}), got {value!r}")
-        weight, _, quantised = _weight_and_bias(base_layer, torch.empty(0, dtype=dtype))  # (out, in)
+        weight, _, quantised = _weight_and_bias(base_layer, dtype and torch.empty(0, dtype=dtype))  # (out, in)
         self.out_features, self.in_features = n_out, n_in = weight.shape
         like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
         column = torch.linalg.vector_norm(weight, dim=0, dtype=like["dtype"])  # (in,)
@@ -354,9 +355,8 @@ def unmerge(model: nn.Module, adapters: Mapping[str, DeLoRALinear]) -> None:
         ValueError: a name has no adapter to put back, or no merged layer to take out. The model is as it was.
     """
     modules = _modules(model)
-    for name, new in adapters.items():
-        old, fits = modules.get(name), isinstance(new, DeLoRALinear)
-        fits = fits and isinstance(old, nn.Linear) and _features(old) == _features(new.base_layer)
+    for name, old, new in [(name, modules.get(name), new) for name, new in adapters.items()]:
+        fits = isinstance(new, DeLoRALinear) and type(old) is nn.Linear and _features(old) == _features(new.base_layer)
         _require(fits, f"{name}: {type(new).__name__} was not merged into this {type(old).__name__}")
     _replace(model, {old: adapters[name].train(old.training).to(old.weight.device)
                      for name, old in modules.items() if name in adapters})

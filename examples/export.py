@@ -164,7 +164,7 @@ def main() -> None:
         import safetensors  # noqa: F401
     except ImportError as error:
         sys.exit(f"export.py needs {error.name}, which is not installed: pip install peft safetensors")
-    from quickstart import CACHE, CONTEXT, LAYERS, WIDTH, english, pretrained, python, train, validate
+    from quickstart import CACHE, CONTEXT, english, pretrained, python, rounding, train, validate
 
     start, steps = time.monotonic(), 600 if not args.quick else 20
     old, new, windows = english()["valid"], python(), 16 if args.quick else 128
@@ -177,8 +177,6 @@ def main() -> None:
     probe = new["valid"][: 8 * CONTEXT].view(8, CONTEXT).long()  # (8, time)
     with torch.no_grad():
         before, ours = pretrained(steps)(probe), model(probe)  # (8, time, 256)
-    # rounding: the products of every block in a row, each a sum over its inputs
-    tolerance = 8 * torch.finfo(ours.dtype).eps * LAYERS * (4 * WIDTH + WIDTH + 4 * WIDTH) * ours.abs().max().item()
 
     rows = [("here", "q, v: 8, up: 4", "", validate(model, new["valid"], windows), validate(model, old, windows), 0.0)]
     for to in ("lora", "delora") if args.to == "both" else (args.to,):
@@ -198,8 +196,8 @@ Report, after {time.monotonic() - start:.0f} s with torch {torch.__version__}, p
   {"":<14}{"rank":<16}{"size":<10}{"new text":<10}{"old text":<10}logits differ by""")
     for name, rank, size, *losses, error in rows:
         print(f"  {name:<14}{rank:<16}{size:<10}{losses[0]:<10.4f}{losses[1]:<10.4f}{error:.1e}")
-    if max(row[-1] for row in rows) > tolerance:
-        sys.exit(f"PEFT gives other outputs: by more than rounding, which is {tolerance:.1e} at most")
+    if max(row[-1] for row in rows) > rounding(ours):
+        sys.exit(f"PEFT gives other outputs: by more than rounding, which is {rounding(ours):.1e} at most")
 
 
 if __name__ == "__main__":

@@ -114,6 +114,12 @@ def validate(model: nn.Module, text: Tensor, windows: int = 128) -> float:
     return sum(loss_of(model, batch).item() * len(batch) for batch in batches) / windows
 
 
+def rounding(logits: Tensor) -> float:
+    """How far logits may be apart that were computed in two ways: a row of sums, over the inputs of every layer."""
+    terms = LAYERS * (4 * WIDTH + WIDTH + 4 * WIDTH) + WIDTH  # q, k, v, o, up and down of every block, and the head
+    return 8 * torch.finfo(logits.dtype).eps * terms * logits.abs().max().item()
+
+
 class Progress:
     """One line that is rewritten on a terminal, and a line for every fifth of the way in a log."""
 
