@@ -86,12 +86,15 @@ def trained_besides(model: nn.Module, adapters: dict[str, DeLoRALinear]) -> tupl
 
     PEFT copies whole modules, and every one whose name ends alike. The bias under an adapter needs no copy.
     """
-    tensors, modules = {}, {}
+    tensors, modules, seen = {}, {}, {}
     inside = tuple(f"{name}." for name in adapters)
-    for name, p in model.named_parameters():
+    for name, p in model.named_parameters(remove_duplicate=False):
         owner = name.rpartition(".")[0]
         if not p.requires_grad or re.search(r"\.delora_\w+$", name):
             continue
+        if p in seen:
+            raise ValueError(f"{name}: the same parameter as {seen[p]}, trained, and PEFT would copy only one of them")
+        seen[p] = name
         if name.startswith(inside) and name.endswith(".base_layer.bias"):
             tensors[name] = p
         elif name.startswith(inside) or not owner or any(a.startswith(f"{owner}.") for a in adapters):
