@@ -19,6 +19,7 @@ it destroys the model. DeLoRA separates the two. BA is a sum of r rank-one compo
     A₀, B₀   delora_A0, _B0     as A, B            the frozen copy, taken at the start            (Eq. 9)
     w        delora_w_norm      (in,)              weight-norm scaling, measured once from W      (Eq. 8)
     λ₀       delora_lambda0     (1,)               λ of the frozen copy, only if tie_lambda=False (Eq. 9)
+    -        delora_quantised   (1,)               a mark for the checkpoint, only if W is quantised
 
 The bound. B Ξ A is a sum of r matrices of norm one, so (λ/r) B Ξ A has norm at most |λ| (Eq. 6, 7), in Frobenius and
 even in nuclear norm ‖·‖_*, whatever an optimiser does to A and B. The frozen term obeys the same bound, hence
@@ -173,6 +174,7 @@ class DeLoRALinear(nn.Module):
         A0, B0, strength0 = (nn.Parameter(p.clone(), requires_grad=False) for p in [*self.parameters()])
         self.delora_A0, self.delora_B0, self.delora_lambda0 = A0, B0, None if tie_lambda else strength0
         self.delora_w_norm = nn.Parameter(norms[weight_norm], requires_grad=False)  # (in,)
+        # A mark for the checkpoint. It also keeps the dtype of x, which codes do not tell, and follows model.to(dtype).
         self.delora_quantised = nn.Parameter(weight.new_ones(1), requires_grad=False) if quantised else None  # (1,)
         self.base_layer, self.dropout, self.enabled = base_layer.requires_grad_(False), nn.Dropout(dropout), True
         self.training = self.dropout.training = base_layer.training
@@ -391,6 +393,8 @@ def param_groups(model: nn.Module, lr: float, lambda_lr: float | None = None, we
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what training changed: every delora_ tensor, and every other parameter that is trainable (a new head).
 
+    Of a model that is sharded (FSDP2) the tensors are put together: every process has to call this, and one saves.
+
     Raises:
         ValueError: there is no adapter.
     """
@@ -405,13 +409,15 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     Layers that have no adapter yet get one: names, ranks and modes are read from the tensors (dropout, which they do
     not hold, is 0). Everything is frozen but the adapters and the other parameters that state_dict carries. PEFT's
     checkpoints have no frozen copy: A₀ = B₀ = 0. (An untrained one has B = 0 too, and cannot move from there.)
+    In a model that is sharded (FSDP2) and has its adapters, every process calls this and keeps its part.
 
     Returns:
         All adapters of the model, by name.
 
     Raises:
         TypeError, ValueError: a tensor is missing, unknown, not floating-point, not finite, or of another shape than
-            the model's. The message has its key, and the model is as it was.
+            the model's; the checkpoint is LoRA's, or changes one of two tensors that are tied here and not the other; a
+            layer is quantised here and was not in training. The message has the key, and the model is as it was.
     """
     _require(isinstance(state_dict, Mapping), f"state_dict must be a dict of tensors, got {state_dict!r}", TypeError)
     wrong = [k for k, v in state_dict.items() if getattr(v, "dtype", None) not in FLOATS or not v.isfinite().all()]
@@ -430,7 +436,7 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     old = [(k, p) for k, p in model.named_parameters(remove_duplicate=False) if not k.startswith(free)]
     new = [(f"{n}.{k}", p) for n, m in _modules(model).items() if m in built for k, p in built[m].named_parameters()]
     named = {key: p for key, p in [*old, *new] if p.dtype in FLOATS}  # as after the replacement
-    # A float layer takes an adapter that was trained on a quantised one (as QLoRA merges), not the other way round.
+    # A layer in floats takes an adapter that was trained on a quantised one (QLoRA merges so), but not the reverse.
     state = {key: value for key, value in state.items() if key in named or not key.endswith("delora_quantised")}
     filled = {named[key]: value for key, value in state.items() if key in named}
     missing = [key for key, p in named.items() if _ours(key) and p not in filled]

@@ -32,6 +32,7 @@ import warnings
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy, which is not needed
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # delora.py is there, also where it is not installed
 
 import torch
 from torch import Tensor, nn

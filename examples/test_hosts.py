@@ -565,17 +565,20 @@ def job_ddp(rank: int, folder: Path) -> None:
 
 
 def job_fsdp2(rank: int, folder: Path) -> None:
-    for tied in (True, False):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    nodes = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))  # as two nodes of one process each
+    for tied, options in ((True, {}), (False, {"mesh": nodes})):
         model = byte_transformer(tie_lambda=tied)
         plain = model(TOKENS)
-        shard(model)
+        shard(model, **options)
         assert same_bits(model(TOKENS), plain)
         descend(model, half(rank))
         state = adapter_state_dict(model)  # every process has to call it
         torch.save({"adapter": state, "logits": model(TOKENS)}, folder / f"{rank}-{tied}.pt")
         if rank == 0:
             torch.save(state, folder / f"adapter-{tied}.pt")
-        other = shard(byte_transformer(tie_lambda=tied))
+        other = shard(byte_transformer(tie_lambda=tied), **options)
         load_adapter(other, state)
         assert same_bits(other(TOKENS), model(TOKENS))
 
