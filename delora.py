@@ -74,9 +74,8 @@ def _require(ok: bool, message: str, error: type[Exception] = ValueError) -> Non
 
 def _features(layer: nn.Module | None) -> tuple[int, int] | None:
     """(in, out) of a layer that acts like nn.Linear and may be adapted; None for anything else, adapters included."""
-    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # Hugging Face's: its weight is stored as (in, out)
-        return tuple(layer.weight.shape)
-    size = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")  # Hugging Face's, which stores W as (in, out)
+    size = tuple(layer.weight.shape) if conv1d else tuple(getattr(layer, f"{n}_features", None) for n in ("in", "out"))
     return size if all(isinstance(n, int) for n in size) and not hasattr(layer, "delora_A") else None
 
 
@@ -104,10 +103,12 @@ def _weight_and_bias(layer: nn.Module, spare: Tensor | None = None) -> tuple[Ten
         for j in range(0, n_in, 256):  # in blocks, so that nothing else is as large as the weight
             rows = 1024 * torch.eye(256, n_in, **like).roll(j, dims=1)[: n_in - j]  # (≤ 256, in), from row j on
             weight[:, j : j + 256] = (layer(rows.requires_grad_()) - bias).T / 1024  # (out, ≤ 256)
-    # A quantised layer may round inside to fewer bits than it returns, and not say so; what bends is off by far more.
-    close = (y - bias + 2 * weight.sum(1)).abs() <= (2 * weight.abs().sum(1) + bias.abs()) / 16  # (out,)
+    quantised = all(hasattr(t, "__tensor_flatten__") for t in whole)  # W is nowhere in plain floating-point numbers
+    # A quantised layer may round inside to fewer bits than it returns, and not say so.
+    slack = 1 / 16 if quantised else 8 * torch.finfo(bias.dtype).eps + n_in * 2**-23
+    close = (y - bias + 2 * weight.sum(1)).abs() <= slack * (2 * weight.abs().sum(1) + bias.abs())  # (out,)
     _require(close.all(), f"{type(layer).__name__} is not linear, or not finite", TypeError)
-    return weight, bias if bias.any() else None, all(hasattr(t, "__tensor_flatten__") for t in whole)
+    return weight, bias if bias.any() else None, quantised
 
 
 # ------------------------------------------------------------------------------------------------ the layer
@@ -323,11 +324,10 @@ def inject(model: nn.Module, target_modules: Iterable[str] | str, r: int = 8, la
     for module, name in chosen.items():
         _require(sum(k in chosen for k in module.modules()) == 1, f"{name or 'the model'} contains another target")
     _require(chosen, f"target_modules={target_modules!r} and exclude={exclude!r} leave no layer to adapt")
-    options |= {"r": r, "lambda_init": lambda_init}
-    adapters = _replace(model, _build(model, dict.fromkeys(chosen.values(), options)))
+    added = _replace(model, _build(model, dict.fromkeys(chosen.values(), dict(options, r=r, lambda_init=lambda_init))))
     for name, p in model.named_parameters():
         p.requires_grad = p.requires_grad and bool(_ours(name))
-    return adapters
+    return added
 
 
 # ------------------------------------------------------------------------------------------------ merge, disable
@@ -341,6 +341,7 @@ def merge(model: nn.Module) -> dict[str, DeLoRALinear]:
 
     Raises:
         ValueError: there is no adapter, or a merged weight is not finite in its dtype. The model is as it was.
+        TypeError: the model is sharded (FSDP2).
     """
     adapters = _adapters(model)
     merged = {adapter: adapter.merged() for adapter in set(adapters.values())}
@@ -408,7 +409,8 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
 
     Layers that have no adapter yet get one: names, ranks and modes are read from the tensors (dropout, which they do
     not hold, is 0). Everything is frozen but the adapters and the other parameters that state_dict carries. PEFT's
-    checkpoints have no frozen copy: A₀ = B₀ = 0. (An untrained one has B = 0 too, and cannot move from there.)
+    checkpoints have no frozen copy: A₀ = B₀ = 0. (An untrained one has B = 0 too, and cannot move from there.) They do
+    not say either whether W was quantised: quantised layers refuse them.
     In a model that is sharded (FSDP2) and has its adapters, every process calls this and keeps its part.
 
     Returns:
@@ -422,14 +424,14 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     _require(isinstance(state_dict, Mapping), f"state_dict must be a dict of tensors, got {state_dict!r}", TypeError)
     wrong = [k for k, v in state_dict.items() if getattr(v, "dtype", None) not in FLOATS or not v.isfinite().all()]
     _require(not wrong, f"not finite floating-point tensors: {wrong}", TypeError)
-    state = dict(state_dict)
+    state = {key: v.full_tensor() if hasattr(v, "full_tensor") else v for key, v in state_dict.items()}
     if all(key.startswith("base_model.model.") and not key.endswith("_A0") for key in state):  # PEFT's
         state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-        ours = {key: value for key, value in state.items() if key.endswith((".delora_A", ".delora_B"))}
+        ours = {k: v for k, v in state.items() if k.endswith((".delora_A", ".delora_B")) and v.dim() == 2}
         short = [k for k, v in ours.items() if any(0 < n < 1e-4 for n in v.norm(dim=int(k[-1] == "A")).tolist())]
         _require(not short, f"PEFT does not normalise what is shorter than 1e-4, this file does: {short}")
         state |= {f"{key}0": torch.zeros_like(value) for key, value in ours.items()}
-    layers = {key.rpartition(".")[0] for key in state if _ours(key)}
+    layers = {key.rpartition(".")[0] for key in state if _ours(key) and not key.endswith("_quantised")}
     free = tuple(f"{name}." for name, module in _modules(model).items() if name in layers and _features(module))
     ranks = {name: state.get(f"{name}delora_A", torch.empty(1)).shape[:1].numel() for name in free}
     built = _build(model, {n[:-1]: {"r": r, "tie_lambda": f"{n}delora_lambda0" not in state} for n, r in ranks.items()})
@@ -441,7 +443,7 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     filled = {named[key]: value for key, value in state.items() if key in named}
     missing = [key for key, p in named.items() if _ours(key) and p not in filled]
     _require(layers, f"state_dict lacks DeLoRA tensors{', it is LoRA' * ('.lora_' in str([*state]))}: {[*state][:3]}")
-    _require(not missing, f"the checkpoint lacks {missing}{', quantised here, not there' * ('_quant' in str(missing))}")
+    _require(not missing, f"state_dict lacks {missing}{', quantised here, not there' * ('quantised' in str(missing[:1]))}")
     for key, value in state.items():
         here, there = tuple(value.shape), tuple(named[key].shape) if key in named else "nothing of that name"
         _require(here == there, f"{key}: {here} in the checkpoint, {there} in the model")

@@ -1288,6 +1288,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key_and_changes_nothing():
         (fresh, state | {"second.delora_lambda": torch.tensor([1.0])}, r"(first|second)\.delora_lambda: tied"),
         (fresh, {"q_proj.lora_A.weight": torch.randn(3, 8)}, "lacks DeLoRA .*, it is LoRA: .*q_proj.lora_A.weight"),
         (fresh, {"base_model.model.proj.lora_A.weight": torch.randn(3, 8)}, "lacks DeLoRA tensors, it is LoRA: "),
+        (fresh, {"nowhere.delora_quantised": torch.ones(1)}, "lacks DeLoRA tensors"),
+        (fresh, {f"base_model.model.proj.delora_{leaf}": torch.ones(8) for leaf in ("A", "B")}, "proj.delora_A0"),
+        (fresh, {f"base_model.model.proj.delora_{leaf}": torch.tensor(1.0) for leaf in ("A", "B")}, "proj.delora_A0"),
         (fresh, {"norm.weight": torch.randn(8)}, r"lacks DeLoRA tensors: \['norm.weight'\]$"),
         (fresh, {}, "lacks DeLoRA tensors"),
         (fresh, {k: v for k, v in state.items() if "0" not in k}, r"q_proj\.delora_A0"),
@@ -1322,6 +1325,9 @@ def test_an_adapter_that_was_trained_on_floats_is_refused_where_the_layer_is_qua
             with pytest.raises(ValueError, match=r"lacks \['proj.delora_quantised'\], quantised here, not there"):
                 load_adapter(model, wrong)
             assert snapshot(model) == before
+    absent = {key: value for key, value in quantised.items() if not key.startswith("proj")}
+    with pytest.raises(ValueError, match=r"lacks \['proj.delora_A', .*'proj.delora_quantised'\]$"):
+        load_adapter(codes, absent)
     load_adapter(fresh, quantised)
     assert same_bits(fresh(TOKENS), codes(TOKENS))
     load_adapter(pretrained, quantised)  # the other way round is what QLoRA does to merge without a second rounding
@@ -1383,6 +1389,10 @@ def test_a_sharded_model_is_saved_whole_loads_and_is_not_adapted_or_merged(proce
     for name, value in saved.items():
         assert type(value) is Tensor and same_bits(value, state[name])
         assert hasattr(model.get_parameter(name), "full_tensor") and value.data_ptr() != state[name].data_ptr()
+    parts = {name: p for name, p in model.named_parameters() if name in state}  # as they come, sharded
+    target = copy.deepcopy(plain)
+    load_adapter(target, parts)
+    assert all(same_bits(value, state[name]) for name, value in adapter_state_dict(target).items())
     fully_shard(plain)
     for call, message in (
         (lambda: inject(model, ["first"]), "^first: sharded"),
@@ -1777,13 +1787,25 @@ def test_a_quantised_layer_is_measured_and_merged_in_the_dtype_of_its_model(dtyp
 def test_a_layer_may_round_inside_to_fewer_bits_than_it_returns():
     """bfloat16 products in a layer that is given and returns float32: linear, but for rounding that shows nowhere."""
 
-    class Inside(Sealed):
+    class Inside(Codes):
         def forward(self, x):
-            return F.linear(x.bfloat16(), self.inner.weight.bfloat16()).float() + self.inner.bias
+            return F.linear(x.bfloat16(), self.codes.bfloat16() / 512).float() + 1
 
     torch.manual_seed(0)
-    base = Inside(nn.Linear(300, 40))
-    assert distance(DeLoRALinear(base).weight, base.inner.weight) <= tol(torch.bfloat16, 1, base.inner.weight)
+    base = Inside(300, 40)
+    assert distance(DeLoRALinear(base).weight, base.codes / 512) <= tol(torch.bfloat16, 1, 1)
+
+
+@ours
+def test_a_layer_that_drops_at_random_is_not_linear_where_its_precision_is_known():
+    class Dropping(nn.Linear):
+        def forward(self, x):
+            return F.linear(F.dropout(x, 0.05, self.training), self.weight, self.bias)
+
+    torch.manual_seed(0)
+    with pytest.raises(TypeError, match="Dropping is not linear"):
+        DeLoRALinear(Dropping(1024, 64))
+    DeLoRALinear(Dropping(1024, 64).eval())
 
 
 @ours
