@@ -443,7 +443,7 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     filled = {named[key]: value for key, value in state.items() if key in named}
     missing = [key for key, p in named.items() if _ours(key) and p not in filled]
     _require(layers, f"state_dict lacks DeLoRA tensors{', it is LoRA' * ('.lora_' in str([*state]))}: {[*state][:3]}")
-    _require(not missing, f"state_dict lacks {missing}{', quantised here, not there' * ('quantised' in str(missing[:1]))}")
+    _require(not missing, f"state lacks {missing}{', quantised here, not there' * ('quantised' in str(missing[:1]))}")
     for key, value in state.items():
         here, there = tuple(value.shape), tuple(named[key].shape) if key in named else "nothing of that name"
         _require(here == there, f"{key}: {here} in the checkpoint, {there} in the model")
