@@ -14,8 +14,8 @@ are split in two, so that no file is on both sides, and the names of the package
 
 Three methods see the same batches for the same number of steps: a linear head on the frozen model, LoRA (PEFT's) and
 DeLoRA, both of the same rank on the same layers with the same head. Each is trained at its usual learning rate and at
-ten times that. The rates and λ were set before any accuracy was seen. At the end the DeLoRA model is saved, reloaded
-and merged, and has to stay the model that was trained.
+ten times that. Rates, rank and λ were set before any accuracy was seen, the split and the number of steps were not. At
+the end the DeLoRA model is saved, reloaded and merged, and has to stay the model that was trained.
 """
 
 import argparse
@@ -270,7 +270,7 @@ def main() -> None:
         merged = kept(probe)  # (probe, packages)
     same, difference, size = torch.equal(logits, reloaded), (merged - logits).abs().max(), logits.abs().max()
     terms = sum(m.in_features for m in fresh.modules() if isinstance(m, DeLoRALinear))  # of sums that now round anew
-    close = difference <= 8 * torch.finfo(logits.dtype).eps * terms * size
+    close = difference <= 8 * torch.finfo(logits.dtype).eps * terms**0.5 * size  # as roundings add up at random
 
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft))
     print(f"""
