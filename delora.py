@@ -79,7 +79,7 @@ def _features(layer: nn.Module | None) -> tuple[int, int] | None:
     return size if all(isinstance(n, int) for n in size) and not hasattr(layer, "delora_A") else None
 
 
-def _weight_and_bias(layer: nn.Module, spare: Tensor | None = None) -> tuple[Tensor, Tensor | None, bool]:
+def _weight_and_bias(layer: nn.Module, spare: Tensor | None) -> tuple[Tensor, Tensor | None, bool]:
     """The weight (out, in), the bias (out,) or None, and whether it is quantised, of a layer that acts like nn.Linear.
 
     Where they cannot be read (the layer has a forward of its own, or packs its weight into a tensor subclass) they are
