@@ -84,8 +84,8 @@ def _weight_and_bias(layer: nn.Module, spare: Tensor | None) -> tuple[Tensor, Te
 
     Where they cannot be read (the layer has a forward of its own, or packs its weight into a tensor subclass) they are
     measured: a linear layer maps zero to its bias, and row j of the identity to column j of its weight plus the bias.
-    The identity is scaled by 1024, so that a large bias in a narrow dtype does not round the weight away. Its
-    dtype is that of the layer's weight or, if that is no floating-point tensor, of spare: scales may have another one.
+    The identity is scaled by 1024, so that the sum with a bias in a narrow dtype rounds the weight that much less. Its
+    dtype is that of the layer's weight or, if that is stored as codes, of spare; a bias or scales may have another one.
     """
     tensors = [*layer.parameters(), *layer.buffers()]
     _require(not any(hasattr(t, "full_tensor") for t in tensors), "sharded: adapt or merge it unsharded", TypeError)
@@ -410,7 +410,8 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     Layers that have no adapter yet get one: names, ranks and modes are read from the tensors (dropout, which they do
     not hold, is 0). Everything is frozen but the adapters and the other parameters that state_dict carries. PEFT's
     checkpoints have no frozen copy: A₀ = B₀ = 0. (An untrained one has B = 0 too, and cannot move from there.) They do
-    not say either whether W was quantised: quantised layers refuse them.
+    not say whether W was quantised either, so quantised layers refuse them.
+
     In a model that is sharded (FSDP2) and has its adapters, every process calls this and keeps its part.
 
     Returns:
@@ -447,7 +448,7 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     for key, value in state.items():
         here, there = tuple(value.shape), tuple(named[key].shape) if key in named else "nothing of that name"
         _require(here == there, f"{key}: {here} in the checkpoint, {there} in the model")
-    # The names of a tied parameter that the checkpoint does not have keep their value: it must be that of the others.
+    # Where two names are tied and the checkpoint has only one, its value must be the one that both have already.
     tied = [k for k, p in named.items() if p in filled and not torch.equal(state.get(k, p).to(filled[p]), filled[p])]
     _require(not tied, f"{', '.join(tied)}: tied in the model, not in the checkpoint")
     _replace(model, built)
