@@ -183,19 +183,21 @@ class DeLoRALinear(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(left (out, 2r), right (2r, in)), an ordinary LoRA pair: ΔW = left @ right. The whole equation is here.
 
-        ΔW = [(λB̂ − λ₀B̂₀) Â + λ₀B̂₀ (Â − Â₀)] diag(w) / r, with λ₀ = λ if tied. λB̂ − λ₀B̂₀ is written λ(B̂ − B̂₀) +
-        (λ − λ₀) B̂₀: then only equal numbers are subtracted at the start, and even a fused multiply-add leaves zero. The
-        size of w goes to the left factor, so that ‖right x‖_∞ ≤ 2 ‖x‖ does not overflow where x does not.
+        ΔW = [(λB̂ − λ₀B̂₀) Â + λ₀B̂₀ (Â − Â₀)] diag(w) / r, with λ₀ = λ if tied. [λB̂ − λ₀B̂₀, λ₀B̂₀] is written
+        λ [B̂ − B̂₀, B̂₀] + (λ₀ − λ) [−B̂₀, B̂₀]: then only equal numbers are subtracted at the start, and even a fused
+        multiply-add leaves zero. A and A₀ are normalised in one go, so that equal rows stay equal, in whatever order a
+        device sums. The size of w goes to the left factor: ‖right x‖_∞ ≤ 2 ‖x‖ does not overflow where x does not.
         """
         wide = torch.promote_types(self.delora_A.dtype, torch.float32)
         A, A0 = _unit(torch.stack((self.delora_A.to(wide), self.delora_A0.detach())), dim=2)  # (r, in) each
         B, B0 = _unit(torch.stack((self.delora_B.to(wide), self.delora_B0.detach())), dim=1)  # (out, r) each
-        peak = self.delora_w_norm.detach().to(wide).max().clamp(min=torch.finfo(wide).tiny)  # ()
+        A0, B0, w = A0.detach(), B0.detach(), self.delora_w_norm.detach().to(wide)  # (in,)
+        peak = w.max().clamp(min=torch.finfo(wide).tiny)  # ()
         s = self.delora_lambda.to(wide) * peak / len(A)  # (1,)
-        s0 = s if self.delora_lambda0 is None else self.delora_lambda0.detach().to(wide) * peak / len(A)  # (1,)
-        left = torch.cat((s * (B - B0) + (s - s0) * B0, s0 * B0), dim=1)  # (out, 2r)
-        right = torch.cat((A, A - A0)) * (self.delora_w_norm.detach().to(wide) / peak)  # (2r, in)
-        return left, right
+        left = s * torch.cat((B - B0, B0), dim=1)  # (out, 2r)
+        if self.delora_lambda0 is not None:
+            left = left + (self.delora_lambda0.detach().to(wide) * peak / len(A) - s) * torch.cat((-B0, B0), dim=1)
+        return left, torch.cat((A, A - A0)) * (w / peak)  # (out, 2r), (2r, in)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), without ever forming the (out, in) update."""
@@ -203,8 +205,10 @@ class DeLoRALinear(nn.Module):
         if not self.enabled:
             return y
         left, right = self.factors()
-        h = nn.functional.linear(self.dropout(x), right.to(x.dtype))  # (..., 2r)
-        return y + nn.functional.linear(h, left.to(h.dtype)).to(y.dtype)  # (..., out)
+        h = nn.functional.linear(self.dropout(x), right.to(x.dtype)).to(y.dtype)  # (..., 2r)
+        with torch.autocast(x.device.type, enabled=False):  # which would round y where the base returns a wider one
+            # subtle: one addmm, not a product and a sum, saves a pass over an array of y's size. (..., out)
+            return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, len(right)), left.to(y.dtype).T).view(y.shape)
 
     def delta_weight(self) -> Tensor:
         """ΔW (out, in), in float32 or wider, with gradients."""
@@ -361,8 +365,7 @@ def unmerge(model: nn.Module, adapters: Mapping[str, DeLoRALinear]) -> None:
     for name, old, new in [(name, modules.get(name), new) for name, new in adapters.items()]:
         fits = isinstance(new, DeLoRALinear) and type(old) is nn.Linear and _features(old) == _features(new.base_layer)
         _require(fits, f"{name}: {type(new).__name__} was not merged into this {type(old).__name__}")
-    _replace(model, {old: adapters[name].train(old.training).to(old.weight.device)
-                     for name, old in modules.items() if name in adapters})
+    _replace(model, {(old := modules[n]): new.train(old.training).to(old.weight.device) for n, new in adapters.items()})
 
 
 @contextmanager
@@ -456,7 +459,6 @@ def load_adapter(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         p.requires_grad = p.requires_grad if _ours(key) else p in filled
     with torch.no_grad():
         for p, value in filled.items():
-            if hasattr(p, "full_tensor"):  # sharded: every process keeps its part
-                value = torch.distributed.tensor.distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-            p.copy_(value)
+            whole = (value.to(p.device), p.device_mesh, p.placements) if hasattr(p, "full_tensor") else ()
+            p.copy_(torch.distributed.tensor.distribute_tensor(*whole) if whole else value)  # sharded: its part
     return _adapters(model)
