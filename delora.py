@@ -186,18 +186,18 @@ class DeLoRALinear(nn.Module):
 
         ΔW = [(λB̂ − λ₀B̂₀) Â + λ₀B̂₀ (Â − Â₀)] diag(w) / r, with λ₀ = λ if tied. [λB̂ − λ₀B̂₀, λ₀B̂₀] is written
         λ [B̂ − B̂₀, B̂₀] + (λ₀ − λ) [−B̂₀, B̂₀]: then only equal numbers are subtracted at the start, and even a fused
-        multiply-add leaves zero. A and A₀ are normalised in one go, so that equal rows stay equal, in whatever order a
-        device sums. The size of w goes to the left factor: ‖right x‖_∞ ≤ 2 ‖x‖ does not overflow where x does not.
+        multiply-add leaves zero. The size of w goes to the left factor, so that ‖right x‖_∞ ≤ 2 ‖x‖ does not overflow
+        where x does not.
         """
         wide = torch.promote_types(self.delora_A.dtype, torch.float32)
-        A, A0 = _unit(torch.stack((self.delora_A.to(wide), self.delora_A0.detach())), dim=2)  # (r, in) each
-        B, B0 = _unit(torch.stack((self.delora_B.to(wide), self.delora_B0.detach())), dim=1)  # (out, r) each
-        A0, B0, w = A0.detach(), B0.detach(), self.delora_w_norm.detach().to(wide)  # (in,)
+        A, A0 = (_unit(v.to(wide), dim=1) for v in (self.delora_A, self.delora_A0.detach()))  # (r, in) each
+        B, B0 = (_unit(v.to(wide), dim=0) for v in (self.delora_B, self.delora_B0.detach()))  # (out, r) each
+        w = self.delora_w_norm.detach().to(wide)  # (in,)
         peak = w.max().clamp(min=torch.finfo(wide).tiny)  # ()
-        s = self.delora_lambda.to(wide) * peak / len(A)  # (1,)
-        left = s * torch.cat((B - B0, B0), dim=1)  # (out, 2r)
+        lam, scale = self.delora_lambda.to(wide), peak / len(A)  # (1,), ()
+        left = lam * scale * torch.cat((B - B0, B0), dim=1)  # (out, 2r)
         if self.delora_lambda0 is not None:
-            left = left + (self.delora_lambda0.detach().to(wide) * peak / len(A) - s) * torch.cat((-B0, B0), dim=1)
+            left = left + (self.delora_lambda0.detach().to(wide) - lam) * scale * torch.cat((-B0, B0), dim=1)
         return left, torch.cat((A, A - A0)) * (w / peak)  # (out, 2r), (2r, in)
 
     def forward(self, x: Tensor) -> Tensor:
