@@ -119,8 +119,8 @@ def _unit(v: Tensor, dim: int) -> Tensor:
     constant, since v / ‖v‖ does not depend on it. No epsilon: what is added to the norm is 1 for zero, 0 for the rest.
     """
     largest = v.detach().abs().amax(dim, keepdim=True)
-    v = v / largest.masked_fill(largest == 0, torch.inf)
-    return v / (torch.linalg.vector_norm(v, dim=dim, keepdim=True) + (largest == 0))
+    v = v / largest.masked_fill((zero := largest == 0), torch.inf)
+    return v / (torch.linalg.vector_norm(v, dim=dim, keepdim=True) + zero)
 
 
 class DeLoRALinear(nn.Module):
@@ -162,7 +162,7 @@ class DeLoRALinear(nn.Module):
         self.out_features, self.in_features = n_out, n_in = weight.shape
         like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
         squares = torch.zeros(64, n_in, **like)  # W is read in blocks of rows: vector_norm by columns is far slower
-        for rows in () if weight.is_meta else weight.detach().split(64):  # (≤ 64, in) each
+        for rows in () if weight.is_meta else weight.detach().split(len(squares)):  # (≤ 64, in)
             squares[: len(rows)].addcmul_(rows, rows)
         column = squares.sum(0).sqrt()  # (in,)
         _require(column.is_meta or column.isfinite().all(), f"the weight is not finite, or its norms are not: {kind}")

@@ -24,6 +24,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 SPEC = os.environ.get("DELORA_SUBJECT", "")
 try:
@@ -1984,6 +1986,71 @@ def test_the_forward_pass_never_builds_the_update():
     known = {t.data_ptr() for t in (x, *layer.parameters())}
     kept_for_the_adapter = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
     assert y.requires_grad and 0 < kept_for_the_adapter < x.nbytes
+
+
+@ours
+def test_the_update_costs_one_array_of_the_size_of_the_output():
+    """A product and a sum would make two, and read and write the output once more."""
+    tokens, n_in, n_out = 32, 16, 48
+    layer, x, made = DeLoRALinear(nn.Linear(n_in, n_out), 2), torch.randn(4, tokens // 4, n_in, requires_grad=True), []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(t for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))
+            return out
+
+    arrays = []
+    for layer.enabled in (False, True):
+        made.clear()
+        with Made():
+            layer(x)
+        arrays.append(len({t.untyped_storage().data_ptr() for t in made if t.numel() == tokens * n_out}))
+    assert arrays == [1, 2]
+
+
+@ours
+def test_the_output_of_the_base_layer_is_left_as_it_is():
+    """Hooks keep it, and a selective checkpoint does: whatever is added to it in place they would see, or refuse."""
+    layer, x = DeLoRALinear(nn.Linear(6, 5), 2), torch.randn(3, 6, requires_grad=True)
+    layer.delora_A.data.normal_()
+    kept, gradients, wanted = [], [], layer.base_layer(x)
+    layer.base_layer.register_forward_hook(lambda module, inputs, y: kept.append(y))
+    layer.base_layer.register_full_backward_hook(lambda module, to_x, to_y: gradients.append(to_y[0]))
+    y = layer(x)
+    y.sum().backward()
+    assert same_bits(kept[0], wanted) and not torch.equal(y, wanted)
+    assert same_bits(gradients[0], torch.ones(3, 5))
+
+    alone, x.grad = x.grad, None
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = partial(create_selective_checkpoint_contexts, products)  # which keeps their results
+    checkpoint(layer, x, use_reentrant=False, context_fn=contexts).sum().backward()
+    assert same_bits(x.grad, alone)
+
+
+@ours
+def test_a_base_layer_that_is_wider_than_autocast_is_not_rounded():
+    class Wide(nn.Linear):  # as bitsandbytes' 4-bit layer, which returns the dtype of x
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return F.linear(x, self.weight, self.bias)
+
+    layer, x = DeLoRALinear(Wide(6, 5), 2), torch.randn(3, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bits(layer(x), layer.base_layer(x)) and layer(x).dtype == torch.float32
+
+
+@ours
+@pytest.mark.parametrize("n_out", (1, 63, 64, 65, 200))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_column_norms_are_right_whatever_the_number_of_rows(n_out, dtype):
+    torch.manual_seed(n_out)
+    base = nn.Linear(7, n_out, dtype=torch.float64).to(dtype)
+    wanted = torch.stack([base.weight.double()[:, j].square().sum().sqrt() for j in range(7)])  # (in,)
+    norms = DeLoRALinear(base, 2).delora_w_norm
+    assert norms.dtype == torch.promote_types(dtype, torch.float32)
+    assert distance(norms, wanted) <= tol(norms.dtype, n_out, wanted)
 
 
 # ------------------------------------------------------------------------------------------------ param_groups

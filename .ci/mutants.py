@@ -38,8 +38,8 @@ TIMEOUT = 300  # seconds; a mutant that hangs is noticed
 
 INIT_A = "nn.init.kaiming_uniform_(torch.empty(r, n_in, **like), a=5**0.5)"
 INIT_B = "nn.init.kaiming_uniform_(torch.empty(n_out, r, **like), a=5**0.5)"
-NORM = "(torch.linalg.vector_norm(v, dim=dim, keepdim=True) + (largest == 0))"
-LARGEST = "    v = v / largest.masked_fill(largest == 0, torch.inf)\n"
+NORM = "(torch.linalg.vector_norm(v, dim=dim, keepdim=True) + zero)"
+LARGEST = "    v = v / largest.masked_fill((zero := largest == 0), torch.inf)\n"
 COPY = "nn.Parameter(p.clone(), requires_grad=False) for p in [*self.parameters()]"
 MERGED = "nn.Parameter((weight + self.delta_weight()).to(weight.dtype).contiguous(), requires_grad=False)"
 KNOWN = {
@@ -61,10 +61,12 @@ KNOWN = {
         LARGEST: "",
         NORM: "(torch.linalg.vector_norm(v, dim=dim, keepdim=True) + 1e-8)",
     },
-    "norms of A along the wrong axis": {"A0.detach())), dim=2)": "A0.detach())), dim=1)"},
-    "norms of B along the wrong axis": {"B0.detach())), dim=1)": "B0.detach())), dim=2)"},
-    "column norms of W along the wrong axis": {
-        "torch.linalg.vector_norm(weight, dim=0,": "torch.linalg.vector_norm(weight, dim=1,"
+    "norms of A along the wrong axis": {"_unit(v.to(wide), dim=1)": "_unit(v.to(wide), dim=0)"},
+    "norms of B along the wrong axis": {"_unit(v.to(wide), dim=0)": "_unit(v.to(wide), dim=1)"},
+    "column norms of W along the wrong axis": {"squares.sum(0).sqrt()": "weight.detach().norm(dim=1)"},
+    "column norms of the last block of rows": {".addcmul_(rows, rows)": ".copy_(rows * rows)"},
+    "the update added to the base's output in place": {
+        "torch.addmm(y.reshape(-1, y.shape[-1]), ": "torch.Tensor.addmm_(y.reshape(-1, y.shape[-1]), "
     },
     "column norms taken after a merge": {
         "        return linear": "        self.delora_w_norm.data = linear.weight.norm(dim=0)\n        return linear"

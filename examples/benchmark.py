@@ -310,7 +310,7 @@ def report(found: dict) -> str:
     lines += ["", f"MiB kept for backward beyond x and the parameters, q, k, v on {tokens} x {width}, r = {r}:"]
     lines += ["  " + ", ".join(f"{name} {kept[name]:.2f}" for name in NAMES[1:] if name in kept)]
     lines += ["A training step of the quickstart's model, q and v adapted, time of DeLoRA / each other's:"]
-    lines += ["  " + ", ".join(f"{name} {cell(ratio)}" for name, ratio in found["step"].items() if ratio and name != OURS)]
+    lines += ["  " + ", ".join(f"{name} {cell(found['step'][name])}" for name in peers if found["step"][name])]
     lines += ["Injection into the shapes of Llama 7B, ms a linear layer:"]
     on_meta, beyond = found["injection"]
     lines += [f"  {on_meta:.1f} on the meta device, {beyond:.1f} in float32 beyond one read of its weight"]
