@@ -185,9 +185,9 @@ class DeLoRALinear(nn.Module):
         """(left (out, 2r), right (2r, in)), an ordinary LoRA pair: ΔW = left @ right. The whole equation is here.
 
         ΔW = [(λB̂ − λ₀B̂₀) Â + λ₀B̂₀ (Â − Â₀)] diag(w) / r, with λ₀ = λ if tied. [λB̂ − λ₀B̂₀, λ₀B̂₀] is written
-        λ [B̂ − B̂₀, B̂₀] + (λ₀ − λ) [−B̂₀, B̂₀]: then only equal numbers are subtracted at the start, and even a fused
-        multiply-add leaves zero. The size of w goes to the left factor, so that ‖right x‖_∞ ≤ 2 ‖x‖ does not overflow
-        where x does not.
+        λ [B̂ − B̂₀, B̂₀] + (λ₀ − λ) [−B̂₀, B̂₀]: then only equal numbers are subtracted at the start. (A compiler may fuse
+        a multiplication into a subtraction that follows, and leave one of two equal products unrounded.) The size of w
+        goes to the left factor, so that |right x| ≤ 2 ‖x‖, which only an x of the dtype's last powers can overflow.
         """
         wide = torch.promote_types(self.delora_A.dtype, torch.float32)
         A, A0 = (_unit(v.to(wide), dim=1) for v in (self.delora_A, self.delora_A0.detach()))  # (r, in) each
@@ -201,19 +201,19 @@ class DeLoRALinear(nn.Module):
         return left, torch.cat((A, A - A0)) * (w / peak)  # (out, 2r), (2r, in)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out), without ever forming the (out, in) update."""
+        """x (..., in), of any shape but nested, to (..., out), without ever forming the (out, in) update."""
         y = self.base_layer(x)  # (..., out)
         if not self.enabled:
             return y
         left, right = self.factors()
         h = nn.functional.linear(self.dropout(x), right.to(x.dtype)).to(y.dtype)  # (..., 2r)
-        with torch.autocast(x.device.type, enabled=False):  # which would round y where the base returns a wider one
-            # subtle: one addmm, not a product and a sum, saves a pass over an array of y's size. (..., out)
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # which would round a wider y
+            # One addmm makes one array of y's size, a product and a sum make two. Not in place: y is the base's.
             return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, len(right)), left.to(y.dtype).T).view(y.shape)
 
     def delta_weight(self) -> Tensor:
         """ΔW (out, in), in float32 or wider, with gradients."""
-        with torch.autocast(self.delora_A.device.type, enabled=False):
+        with torch.autocast("cpu" if self.delora_A.is_meta else self.delora_A.device.type, enabled=False):
             return torch.matmul(*self.factors())  # (out, in)
 
     @property

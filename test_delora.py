@@ -2053,6 +2053,13 @@ def test_column_norms_are_right_whatever_the_number_of_rows(n_out, dtype):
     assert distance(norms, wanted) <= tol(norms.dtype, n_out, wanted)
 
 
+@ours
+def test_shapes_can_be_had_on_the_meta_device():
+    layer = DeLoRALinear(nn.Linear(6, 5, device="meta"), 2)
+    assert layer(torch.empty(3, 6, device="meta")).shape == (3, 5)
+    assert layer.delta_weight().shape == layer.weight.shape == layer.merged().weight.shape == (5, 6)
+
+
 # ------------------------------------------------------------------------------------------------ param_groups
 
 
