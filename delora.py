@@ -197,7 +197,7 @@ class DeLoRALinear(nn.Module):
         lam, scale = self.delora_lambda.to(wide), peak / len(A)  # (1,), ()
         left = lam * scale * torch.cat((B - B0, B0), dim=1)  # (out, 2r)
         if self.delora_lambda0 is not None:
-            left = left + (self.delora_lambda0.detach().to(wide) - lam) * scale * torch.cat((-B0, B0), dim=1)
+            left = left + (self.delora_lambda0.detach() - lam) * scale * torch.cat((-B0, B0), dim=1)
         return left, torch.cat((A, A - A0)) * (w / peak)  # (out, 2r), (2r, in)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1693,6 +1693,7 @@ def test_a_weight_that_is_packed_into_a_tensor_subclass_is_measured():
     codes = torch.randint(-64, 65, (4, 6), dtype=torch.int8)
     base.weight = nn.Parameter(Packed(codes), requires_grad=False)
     layer = DeLoRALinear(base)
+    assert layer.delora_quantised.shape == (1,) and not layer.delora_quantised.requires_grad
     assert same_bits(layer(x), base(x))
     layer.delora_A.data.normal_()
     assert distance(layer.weight - layer.delta_weight(), codes / 64) <= tol(torch.float32, 2, 1 + layer.norm_bound())
@@ -1783,6 +1784,23 @@ def test_a_quantised_layer_is_measured_and_merged_in_the_dtype_of_its_model(dtyp
     assert adapter.weight.dtype == torch.bfloat16
     assert DeLoRALinear(base).weight.dtype == torch.float32
     assert DeLoRALinear(base, dtype=torch.float16).merged().weight.dtype == torch.float16
+
+
+@ours
+def test_the_dtype_of_scales_is_that_of_a_quantised_layer_alone():
+    base = Codes(6, 4)
+    base.scales = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    assert DeLoRALinear(base).weight.dtype == torch.bfloat16 and base.seen == {torch.bfloat16}
+
+
+@ours
+def test_a_quantised_layer_that_bends_is_refused():
+    class Bent(Codes):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(TypeError, match="Bent is not linear"):
+        DeLoRALinear(Bent(64, 16))
 
 
 @ours

@@ -337,6 +337,12 @@ SURVIVORS: dict[str, str] = {
     "_weight_and_bias: -23  ->  -24": MARGIN,
     "_weight_and_bias: 2 * weight.abs().sum(1)  ->  3 * weight.abs().sum(1)": MARGIN,
     "_weight_and_bias: 1 / 16  ->  1 / 17": MARGIN,
+    "_unit: v.detach()  ->  v": "v / ‖v‖ does not depend on that divisor: the gradient through it is zero, only slower",
+    "DeLoRALinear.__init__: torch.empty(0, dtype=dtype)  ->  torch.empty(1, dtype=dtype)": "only its dtype is read",
+    "DeLoRALinear.__init__: torch.zeros(64, n_in, **like)  ->  torch.zeros(65, n_in, **like)": "the size of a block",
+    "DeLoRALinear.__init__: () if weight.is_meta else weight.detach().split(len(squares))  ->  "
+    "weight.detach().split(len(squares))": "on the meta device there are no values: the loop would only take time",
+    "DeLoRALinear.__init__: weight.detach()  ->  weight": "autograd records what nobody differentiates",
 }
 
 if __name__ == "__main__":
