@@ -1249,6 +1249,9 @@ def test_a_peft_checkpoint_loads_as_it_is():
     model = Attention()
     load_adapter(model, state)
     assert same_bits(model.q_proj.bias, torch.ones(8)) and model.q_proj.bias.requires_grad
+    model = Attention()
+    load_adapter(model, state | {"base_model.model.proj.weight": torch.ones(8, 8)})  # PEFT's modules_to_save
+    assert same_bits(model.proj.weight, torch.ones(8, 8)) and model.proj.weight.requires_grad
     # PEFT clamps norms of columns of B, and of rows of A, at 1e-4; the norms along the other axis mean nothing
     clamp = torch.eye(8, 2).double() * 1e-4
     across = torch.ones(8, 2).index_fill(0, torch.tensor(3), 1e-5)
