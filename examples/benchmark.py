@@ -345,11 +345,12 @@ def draw(found: dict, path: Path) -> None:
         values = [row["frozen"][name] for row in found["shapes"]]
         places = [x + (i - (len(names) - 1) / 2) * 0.2 for x in range(len(values))]
         bars = [[v[0] - v[1] for v in values], [v[2] - v[0] for v in values]]
-        axes.bar(places, [v[0] for v in values], 0.18, yerr=bars, color=colours[name], label=name, capsize=2)
+        heights = [v[0] - 1 for v in values]
+        axes.bar(places, heights, 0.18, bottom=1, yerr=bars, color=colours[name], label=name, capsize=2)
     axes.axhline(1, color="black", linewidth=1)
-    labels = ["{} tokens\n{} to {}, r = {}".format(*row["shape"]) for row in found["shapes"]]
+    labels = ["{} tokens\n{} to {}\nr = {}".format(*row["shape"]) for row in found["shapes"]]
     axes.set_xticks(range(len(labels)), labels)
-    axes.set_ylim(0.9)
+    axes.margins(y=0.15)
     axes.set_ylabel("time / that of the frozen layer")
     axes.set_title(f"Forward + backward of one layer, {found['dtype']} on {found['where']}", fontsize=10)
     axes.legend(ncols=len(names), frameon=False, fontsize=9)
