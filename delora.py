@@ -186,13 +186,14 @@ class DeLoRALinear(nn.Module):
 
         ΔW = [(λB̂ − λ₀B̂₀) Â + λ₀B̂₀ (Â − Â₀)] diag(w) / r, with λ₀ = λ if tied. [λB̂ − λ₀B̂₀, λ₀B̂₀] is written
         λ [B̂ − B̂₀, B̂₀] + (λ₀ − λ) [−B̂₀, B̂₀]: then only equal numbers are subtracted at the start. (A compiler may fuse
-        a multiplication into a subtraction that follows, and leave one of two equal products unrounded.) The size of w
-        goes to the left factor, so that |right x| ≤ 2 ‖x‖, which only an x of the dtype's last powers can overflow.
+        a multiplication into a subtraction that follows, and leave one of two equal products unrounded. It may also sum
+        two norms in two orders: hence one array for A and A₀, one for B and B₀.) The size of w goes to the left factor,
+        so that |right x| ≤ 2 ‖x‖, which only an x of the dtype's last powers can overflow.
         """
         wide = torch.promote_types(self.delora_A.dtype, torch.float32)
-        A, A0 = (_unit(v.to(wide), dim=1) for v in (self.delora_A, self.delora_A0.detach()))  # (r, in) each
-        B, B0 = (_unit(v.to(wide), dim=0) for v in (self.delora_B, self.delora_B0.detach()))  # (out, r) each
-        w = self.delora_w_norm.detach().to(wide)  # (in,)
+        A, A0 = _unit(torch.stack((self.delora_A.to(wide), self.delora_A0.detach())), dim=2)  # (r, in) each
+        B, B0 = _unit(torch.stack((self.delora_B.to(wide), self.delora_B0.detach())), dim=1)  # (out, r) each
+        A0, B0, w = A0.detach(), B0.detach(), self.delora_w_norm.detach().to(wide)  # w (in,)
         peak = w.max().clamp(min=torch.finfo(wide).tiny)  # ()
         lam, scale = self.delora_lambda.to(wide), peak / len(A)  # (1,), ()
         left = lam * scale * torch.cat((B - B0, B0), dim=1)  # (out, 2r)

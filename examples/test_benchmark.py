@@ -88,7 +88,7 @@ def test_without_the_peers_the_columns_are_empty_and_it_says_so(tmp_path):
 
 
 def test_the_figures_of_the_readme_are_those_of_the_last_run():
-    block = re.search(r"python examples/benchmark.py --seconds 30`.*?```text\n(.*?)```", README, re.DOTALL)[1]
+    block = re.search(r"python examples/benchmark.py` \(float32.*?```text\n(.*?)```", README, re.DOTALL)[1]
     lines = [*benchmark.report(FOUND).splitlines(), benchmark.measured(FOUND)]
     shown = [line for line in block.splitlines() if line.strip()]
     assert len(shown) > 10 and not [line for line in shown if line not in lines]
