@@ -512,7 +512,7 @@ def test_what_is_frozen_stays_so_even_if_all_is_declared_trainable(tied):
 def test_the_zero_start_survives_compilation():
     """ΔW = 0 bit for bit in a fused graph; afterwards compiled and eager gradients agree (Eq. 9)."""
     torch.manual_seed(0)
-    # Seen: at (512, 128) two norms of equal columns, computed apart, came out in two orders of summation.
+    # Seen, with two threads: at (512, 128) the norms of B and B₀, computed apart, were summed in two orders.
     for base, tied in ((nn.Linear(128, 512), True), (nn.Linear(48, 40), True), (nn.Linear(48, 40), False)):
         layer, x = DeLoRALinear(base, 2 if tied else 4, tie_lambda=tied), torch.randn(8, base.in_features)
         torch.compiler.reset()

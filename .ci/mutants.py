@@ -63,11 +63,6 @@ KNOWN = {
     },
     "norms of A along the wrong axis": {"A0.detach())), dim=2)": "A0.detach())), dim=1)"},
     "norms of B along the wrong axis": {"B0.detach())), dim=1)": "B0.detach())), dim=2)"},
-    "the frozen copy normalised apart": {
-        "_unit(torch.stack((self.delora_B.to(wide), self.delora_B0.detach())), dim=1)": (
-            "(_unit(v.to(wide), dim=0) for v in (self.delora_B, self.delora_B0.detach()))"
-        )
-    },
     "column norms of W along the wrong axis": {"squares.sum(0).sqrt()": "weight.detach().norm(dim=1)"},
     "column norms of the last block of rows": {".addcmul_(rows, rows)": ".copy_(rows * rows)"},
     "the update added to the base's output in place": {
