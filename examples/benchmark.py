@@ -379,26 +379,29 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of W and x")
     parser.add_argument("--seconds", type=float, default=20, help="for each shape (default: 20)")
     parser.add_argument("--quick", action="store_true", help="the whole path in seconds, on small shapes")
-    parser.add_argument("--out", type=Path, help="folder of speed.json and speed.svg (default: examples/figures)")
-    parser.add_argument("--redraw", action="store_true", help="tables and figure from speed.json, without measuring")
+    parser.add_argument("--out", type=Path, help="folder of the numbers and the figure (default: examples/figures)")
+    parser.add_argument("--redraw", action="store_true", help="tables and figure from the last run's numbers")
     args = parser.parse_args()
     start, out = time.monotonic(), args.out or (quickstart.CACHE if args.quick else HERE / "figures")
+    # The README shows a CPU in float32. Another device or dtype has files of its own beside that.
+    name = "speed" if (args.device, args.dtype) == ("cpu", "float32") else f"speed-{args.device}-{args.dtype}"
+    numbers, figure = out / f"{name}.json", out / f"{name}.svg"
     device, dtype, budget = args.device, getattr(torch, args.dtype), 0.3 if args.quick else args.seconds
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch finds no GPU here.")
     if args.redraw:
-        found = json.loads((out / "speed.json").read_text())
+        found = json.loads(numbers.read_text())
     else:
         found = measure(device, dtype, budget, args.quick)
         found["took"] = round(time.monotonic() - start)
         out.mkdir(exist_ok=True)
-        (out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+        numbers.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\n{report(found)}\n\n{measured(found)}")
     if not found["peft"]:
         print("peft is not installed: its columns are empty.")
     if importlib.util.find_spec("matplotlib"):
-        draw(found, out / "speed.svg")
-        print(f"Figure and numbers: {os.path.relpath(out / 'speed.svg')}, {os.path.relpath(out / 'speed.json')}")
+        draw(found, figure)
+        print(f"Figure and numbers: {os.path.relpath(figure)}, {os.path.relpath(numbers)}")
     else:
         print("matplotlib is not installed: no figure.")
 

@@ -77,14 +77,14 @@ def test_without_the_peers_the_columns_are_empty_and_it_says_so(tmp_path):
     code = "import runpy, sys; sys.modules.update(peft=None, matplotlib=None); sys.argv = sys.argv[1:]; "
     code += "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, str(HERE / "benchmark.py"), "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", code, str(HERE / "benchmark.py"), "--quick", "--dtype", "bfloat16"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "peft is not installed: its columns are empty." in done.stdout
     assert "matplotlib is not installed: no figure." in done.stdout
     row = next(line for line in done.stdout.splitlines() if line.startswith("  128, 96, 96, 2"))
     assert re.fullmatch(r"  128, 96, 96, 2 +\d\.\d\d \(.*\) +- +- +\d+\.\d\d \(.*\)", row)
-    assert [path.name for path in tmp_path.iterdir()] == ["speed.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["speed-cpu-bfloat16.json"]  # not where README's figures are
 
 
 def test_the_figures_of_the_readme_are_those_of_the_last_run():
