@@ -343,8 +343,8 @@ SURVIVORS: dict[str, str] = {
     "DeLoRALinear.__init__: () if weight.is_meta else weight.detach().split(len(squares))  ->  "
     "weight.detach().split(len(squares))": "on the meta device there are no values: the loop would only take time",
     "DeLoRALinear.__init__: weight.detach()  ->  weight": "autograd records what nobody differentiates",
-    "DeLoRALinear.factors: A0.detach()  ->  A0": "no gradient arrives at the frozen copy either way, it only takes longer",
-    "DeLoRALinear.factors: B0.detach()  ->  B0": "no gradient arrives at the frozen copy either way, it only takes longer",
+    "DeLoRALinear.factors: A0.detach()  ->  A0": "no gradient reaches the frozen copy either way, only later",
+    "DeLoRALinear.factors: B0.detach()  ->  B0": "no gradient reaches the frozen copy either way, only later",
     "load_adapter: getattr(v, 'dtype', None)  ->  getattr(v, 'dtype', 0)": "neither is a dtype",
     "load_adapter: state.get(k, p).to(filled[p])  ->  state.get(k, p)": "shows only where model and checkpoint are on "
     "different devices",
