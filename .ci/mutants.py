@@ -331,6 +331,7 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------ who may survive
 
 MARGIN = "how far a measured layer may be from linear: rounding stays far below it, layers that bend stay far above"
+ELSEWHERE = "shows only on another device"
 SURVIVORS: dict[str, str] = {
     "_weight_and_bias: torch.empty(0)  ->  torch.empty(1)": "only its device and its dtype are read",
     "_weight_and_bias: 8 * torch.finfo(bias.dtype).eps  ->  9 * torch.finfo(bias.dtype).eps": MARGIN,
@@ -345,6 +346,8 @@ SURVIVORS: dict[str, str] = {
     "DeLoRALinear.__init__: weight.detach()  ->  weight": "autograd records what nobody differentiates",
     "DeLoRALinear.factors: A0.detach()  ->  A0": "no gradient reaches the frozen copy either way, only later",
     "DeLoRALinear.factors: B0.detach()  ->  B0": "no gradient reaches the frozen copy either way, only later",
+    "DeLoRALinear.forward: 'cpu' if x.is_meta else x.device.type  ->  'cpu'": ELSEWHERE,
+    "DeLoRALinear.delta_weight: 'cpu' if self.delora_A.is_meta else self.delora_A.device.type  ->  'cpu'": ELSEWHERE,
     "load_adapter: getattr(v, 'dtype', None)  ->  getattr(v, 'dtype', 0)": "neither is a dtype",
     "load_adapter: state.get(k, p).to(filled[p])  ->  state.get(k, p)": "shows only where model and checkpoint are on "
     "different devices",
