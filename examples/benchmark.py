@@ -60,14 +60,14 @@ NAMES = (FROZEN, LORA, PEFT_LORA, PEFT_DELORA, OURS)
 
 
 class PlainLoRA(nn.Module):
-    """LoRA as it is usually written: two F.linear and an add."""
+    """LoRA as it is usually written, from B = 0, with α = r: two F.linear and an add."""
 
     def __init__(self, base: nn.Linear, r: int):
         super().__init__()
         like = {"dtype": torch.float32, "device": base.weight.device}
         self.base = base.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(r, base.in_features, **like) / base.in_features**0.5)  # (r, in)
-        self.B = nn.Parameter(torch.randn(base.out_features, r, **like) / r**0.5)  # (out, r)
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, base.in_features, **like), a=5**0.5))  # (r, in)
+        self.B = nn.Parameter(torch.zeros(base.out_features, r, **like))  # (out, r)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))  # (..., out)

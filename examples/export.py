@@ -168,7 +168,7 @@ def main() -> None:
         import safetensors  # noqa: F401
     except ImportError as error:
         sys.exit(f"export.py needs {error.name}, which is not installed: pip install peft safetensors")
-    from quickstart import CACHE, CONTEXT, english, pretrained, python, rounding, train, validate
+    from quickstart import CACHE, CONTEXT, Progress, english, pretrained, python, rounding, train, validate
 
     start, steps = time.monotonic(), 600 if not args.quick else 20
     old, new, windows = english()["valid"], python(), 16 if args.quick else 128
@@ -177,7 +177,8 @@ def main() -> None:
     inject(model, ["q", "v"], r=8)
     inject(model, ["up"], r=4)
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, lambda_lr=5e-3))
-    train(model, new["train"], optimizer, 20 if args.quick else 100, "adapting", seed=0)
+    adapting = 20 if args.quick else 100
+    train(model, new["train"], optimizer, adapting, 0, Progress("adapting", adapting))
     probe = new["valid"][: 8 * CONTEXT].view(8, CONTEXT).long()  # (8, time)
     with torch.no_grad():
         before, ours = pretrained(steps)(probe), model(probe)  # (8, time, 256)

@@ -21,6 +21,7 @@ import pydoc_data.topics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch would like it; nothing here needs it
@@ -121,15 +122,16 @@ def rounding(logits: Tensor) -> float:
 
 
 class Progress:
-    """One line that is rewritten on a terminal, and a line for every fifth of the way in a log."""
+    """One line that is rewritten on a terminal, and a line for every fifth of the way in a log. A step may be a run."""
 
     def __init__(self, label: str, steps: int):
         self.label, self.steps, self.start, self.fifth = label, steps, time.monotonic(), 0
 
-    def __call__(self, step: int, loss: float) -> None:
+    def __call__(self, step: int, loss: float | None = None) -> None:
         spent = time.monotonic() - self.start
         left = spent / step * (self.steps - step)
-        line = f"  {self.label}: step {step}/{self.steps}, loss {loss:.3f}, {spent:.0f} s, {left:.0f} s left"
+        loss = "" if loss is None else f"loss {loss:.3f}, "
+        line = f"  {self.label}: {step}/{self.steps}, {loss}{spent:.0f} s, {left:.0f} s left"
         if sys.stdout.isatty():
             print(f"\r{line:<78}", end="\n" if step == self.steps else "", flush=True)
         elif step * 5 // self.steps > self.fifth:
@@ -137,22 +139,30 @@ class Progress:
             print(line, flush=True)
 
 
-def train(model: nn.Module, text: Tensor, optimizer: torch.optim.Optimizer, steps: int, label: str, seed: int) -> None:
-    """Steps of the optimiser on random windows of text, with linear warm-up over 6 % and linear decay to zero."""
-    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
+def decay(steps: int) -> Callable[[int], float]:
+    """The share of the learning rate at each step: linear warm-up over 6 % of the steps, linear decay to zero."""
     warmup = max(1, steps * 6 // 100)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, (steps - i) / steps))
-    progress = Progress(label, steps)
+    return lambda step: min((step + 1) / warmup, (steps - step) / steps)
+
+
+def train(model: nn.Module, text: Tensor, optimizer: torch.optim.Optimizer, steps: int, seed: int,
+          watch: Callable[[int, float], object], share: Callable[[int], float] | None = None, batch: int = BATCH):
+    """Steps of the optimiser on random windows of text. After each, watch is told how many there were and the loss.
+
+    share says which part of the learning rate a step has, `decay(steps)` if None.
+    """
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share or decay(steps))
     model.train()
     for step in range(1, steps + 1):
-        starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=generator)
+        starts = torch.randint(len(text) - CONTEXT, (batch,), generator=generator)
         windows = torch.stack([text[i : i + CONTEXT + 1] for i in starts.tolist()]).long().to(device)  # (b, t + 1)
         loss = loss_of(model, windows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        progress(step, loss.item())
+        watch(step, loss.item())
     model.eval()
 
 
@@ -175,7 +185,8 @@ def pretrained(steps: int, device: str = "cpu") -> ByteTransformer:
         print(f"  the cache file {path.name} is damaged: pretraining again")
     torch.manual_seed(0)
     model = ByteTransformer().to(device)
-    train(model, text, torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01), steps, "pretraining", seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.01)
+    train(model, text, optimizer, steps, 0, Progress("pretraining", steps))
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, buffer)
     CACHE.mkdir(exist_ok=True)
@@ -206,7 +217,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     adapters = inject(model, "all-linear", r=8, exclude=["head"])
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, lambda_lr=5e-3))
-    train(model, new["train"], optimizer, steps, "adapting", args.seed)
+    train(model, new["train"], optimizer, steps, args.seed, Progress("adapting", steps))
     after = validate(model, old, windows), validate(model, new["valid"], windows)
 
     print("3. Merged, unmerged, saved, reloaded into a fresh copy of the pretrained model")

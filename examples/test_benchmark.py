@@ -34,6 +34,8 @@ def test_what_is_compared_computes_what_its_name_says():
     torch.manual_seed(0)
     base, x = nn.Linear(6, 5), torch.randn(3, 6)
     lora = benchmark.PlainLoRA(base, 2)
+    assert torch.equal(lora(x), base(x))
+    nn.init.normal_(lora.B)
     assert torch.allclose(lora(x), x @ (base.weight + lora.B @ lora.A).T + base.bias)
     for name in (benchmark.FROZEN, benchmark.LORA, benchmark.OURS):
         model = benchmark.adapt(nn.ModuleDict({"q": nn.Linear(6, 5), "k": nn.Linear(6, 5)}), name, ["q"], 2)
