@@ -10,7 +10,24 @@ together: every process has to call it, one saves. What comes out is the same fi
 
 --costs counts the adapter's tensors on Llamas without memory (the meta device). Of each decoder layer it prints what is
 stored, and what every process receives for it in a step: FSDP2 gathers all parameters for the forward pass and, if
-they are not kept, once more for the backward pass, and scatters the gradients of those that are trained.
+they are not kept, once more for the backward pass, and scatters the gradients of those that are trained. In MiB for a
+decoder layer, with r = 16 in float32, the base in bfloat16 and 8 processes ("training" is gradients and AdamW's state,
+"a process" the adapter's memory in each, "traffic" what each receives, and its share of what the base's weights need):
+
+| model | adapted | base | adapter | training | a process | traffic | of the base's | adapters in all, GiB |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| Llama-3 8B | q, v | 416.00 | 1.66 | 2.44 | 0.51 | 3.61 | 0.5% | 0.05 |
+| Llama-3 8B | q, k, v, o | 416.00 | 3.31 | 4.88 | 1.02 | 7.22 | 1.0% | 0.10 |
+| Llama-3 8B | all seven | 416.00 | 10.15 | 15.00 | 3.14 | 22.13 | 3.0% | 0.32 |
+| Llama-3 70B | q, v | 1632.00 | 3.19 | 4.69 | 0.98 | 6.95 | 0.2% | 0.25 |
+| Llama-3 70B | q, k, v, o | 1632.00 | 6.38 | 9.38 | 1.97 | 13.89 | 0.5% | 0.50 |
+| Llama-3 70B | all seven | 1632.00 | 20.05 | 29.63 | 6.21 | 43.72 | 1.5% | 1.57 |
+
+On many nodes nothing changes in the code of the model. torchrun --nnodes=4 --nproc-per-node=8 --rdzv-endpoint=HOST:PORT
+starts it on every node, and fully_shard(..., mesh=init_device_mesh("cuda", (4, 8), mesh_dim_names=("replicate",
+"shard"))) keeps the gathering inside a node and sends only the gradients of the adapter between nodes. A model that no
+process can hold is made on the meta device, injected, sharded and then filled; a test of test_hosts.py does it. With
+mixed precision the start is still exactly zero.
 """
 
 import argparse

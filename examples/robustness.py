@@ -16,8 +16,8 @@ sweep moves both. Full fine-tuning trains everything.
 
 At the end of each run three numbers are kept: the loss on the new text's validation part, the loss on the old text's,
 and ‖W' - W‖, the Frobenius norm over all 24 matrices. W' is not asked from the method but measured from its outputs. By
-the width of a method is meant how many decades of learning rate stay within 0.05 of its own best loss, without a gap,
-with straight lines between the points.
+the width of a method is meant how many decades of learning rate around its best one keep the loss within 0.05 of its
+own best, or of the best that any adapter reaches, with straight lines between the points.
 
 The other experiments (forgetting.py, start.py, ablation.py) take their methods, runs and pictures from here.
 
@@ -215,10 +215,12 @@ def plan(quick: bool) -> list[dict]:
     return [{"method": m, "lr": lr, "seed": seed} for m in METHODS for lr in rates for seed in seeds]
 
 
-def width(rates: list[float], losses: list[float]) -> tuple[float, bool]:
-    """Decades of learning rate around the best one with a loss within NEAR of it; whether they end inside the sweep."""
+def width(rates: list[float], losses: list[float], limit: float) -> tuple[float, bool]:
+    """How many decades around the best rate have a loss up to limit, and whether they end before the sweep does."""
     best = losses.index(min(losses))
-    limit, total, inside = losses[best] + NEAR, 0.0, True
+    if losses[best] > limit:
+        return 0.0, True
+    total, inside = 0.0, True
     for step, end in ((1, len(losses) - 1), (-1, 0)):
         i = best
         while i != end and losses[i + step] <= limit:
@@ -226,7 +228,7 @@ def width(rates: list[float], losses: list[float]) -> tuple[float, bool]:
             i += step
         if i == end:
             inside = False
-        elif math.isfinite(losses[i + step]):
+        else:  # the share is 0 if the next loss is infinite
             share = (limit - losses[i]) / (losses[i + step] - losses[i])
             total += share * abs(math.log10(rates[i + step] / rates[i]))
     return total, inside
@@ -244,38 +246,41 @@ def report(found: dict) -> str:
             means = [statistics.fmean(over_seeds(runs, key, method=method, lr=lr)) for lr in rates]
             lines += [f"  {method:{wide}}" + "".join(f"{m:>9.{1 + (key != 'moved')}f}" for m in means)]
         lines += [""]
-    lines += [f"Decades of learning rate within {NEAR} of the method's best (lowest and highest seed)"]
+    curves = {m: [*zip(*(over_seeds(runs, "new", method=m, lr=lr) for lr in rates), strict=True)] for m in methods}
+    least = min(statistics.fmean(min(losses) for losses in curves[m]) for m in methods if m != FULL)
+    lines += [f"Decades of learning rate within {NEAR} of the own best, and of the best adapter's {least:.3f}"]
+    lines += ["mean, lowest and highest seed; + where it goes on beyond the sweep"]
     for method in methods:
-        per_rate = [over_seeds(runs, "new", method=method, lr=lr) for lr in rates]
-        widths = [width(rates, [*losses]) for losses in zip(*per_rate, strict=True)]
-        means = [statistics.fmean(losses) for losses in per_rate]
-        numbers = [w for w, _ in widths]
-        least = "" if all(inside for _, inside in widths) else ", at least: it reaches the end of the sweep"
-        spread = f"{statistics.fmean(numbers):.2f} ({min(numbers):.2f} to {max(numbers):.2f})"
-        lines += [f"  {method:{wide}}{spread}, best {min(means):.3f} at {rates[means.index(min(means))]:.1e}{least}"]
+        cells = []
+        for limit in (None, least + NEAR):
+            found = [width(rates, [*c], min(c) + NEAR if limit is None else limit) for c in curves[method]]
+            numbers, more = [w for w, _ in found], "" if all(inside for _, inside in found) else "+"
+            cells += [f"{statistics.fmean(numbers):.2f}{more} ({min(numbers):.2f} to {max(numbers):.2f})"]
+        means = [statistics.fmean(losses) for losses in zip(*curves[method], strict=True)]
+        best = f"best {min(means):.3f} at {rates[means.index(min(means))]:.1e}"
+        lines += [f"  {method:{wide}}{cells[0]:>22}{cells[1]:>22}   {best}"]
     return "\n".join(lines)
 
 
 def draw(found: dict, figure) -> None:
-    runs = found["runs"]
+    runs, before = found["runs"], found["before"]["new"]
     rates, methods = ([*dict.fromkeys(run[key] for run in runs)] for key in ("lr", "method"))
     left, right = figure.subplots(1, 2)
-    top = found["before"]["new"] + 0.75  # beyond this a model is destroyed, and how badly tells nothing
     for method in methods:
         style = {"color": COLOURS[method], "marker": MARKERS[method]}
-        for axes, key, highest in ((left, "new", 99.0), (right, "moved", 1e9)):
-            values = [[min(v, highest) for v in over_seeds(runs, key, method=method, lr=lr)] for lr in rates]
+        for axes, key in ((left, "new"), (right, "moved")):  # what is far above the picture only has to be above it
+            values = [[min(v, 1e6) for v in over_seeds(runs, key, method=method, lr=lr)] for lr in rates]
             curve(axes, rates, values, method, **style)
-    left.axhline(found["before"]["new"], color="black", linewidth=0.8, linestyle=":")
-    left.text(rates[0], found["before"]["new"] + 0.01, "before", fontsize=8)
-    left.set(ylim=(None, top), ylabel="loss on the new text, nats per byte", title="DeLoRA learns at any rate ...")
-    right.axhline(found["norm"], color="black", linewidth=0.8, linestyle=":")
-    right.text(rates[0], found["norm"] * 1.1, "‖W‖", fontsize=8)
-    right.set(yscale="log", ylabel="‖W' − W‖, all adapted matrices", title="... because its distance is bounded")
-    for axes in (left, right):
-        axes.set(xscale="log", xlabel="learning rate of A and B (of W for full fine-tuning)")
-        axes.title.set_size(10)
-    left.legend(frameon=False, fontsize=8, loc="upper left")
+    for axes, height, what in ((left, before, "before training"), (right, found["norm"], "‖W‖")):
+        axes.axhline(height, color="black", linewidth=0.8, linestyle=":")
+        axes.annotate(what, (rates[0], height), (0, 3), textcoords="offset points", fontsize=8)
+        axes.set(xscale="log", xlabel="learning rate")
+    lowest = min(min(over_seeds(runs, "new", method=method)) for method in methods)
+    left.set(ylim=(lowest - 0.05, before + 0.4), ylabel="nats per byte")
+    left.set_title("Loss on the new text", fontsize=10)
+    right.set(yscale="log", ylim=(None, 1e5), ylabel="‖W' − W‖")
+    right.set_title("Distance from the pretrained weights", fontsize=10)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
 if __name__ == "__main__":
