@@ -22,26 +22,33 @@ it destroys the model. DeLoRA separates the two. BA is a sum of r rank-one compo
     -        delora_quantised   (1,)               a mark for the checkpoint, only if W is quantised
 
 The bound. B Ξ A is a sum of r matrices of norm one, so (λ/r) B Ξ A has norm at most |λ| (Eq. 6, 7), in Frobenius and
-even in nuclear norm ‖·‖_*, whatever an optimiser does to A and B. The frozen term obeys the same bound, hence
+even in nuclear norm ‖·‖_* (the sum of the singular values), whatever an optimiser does to A and B. The frozen term
+obeys the same bound, and diag(w) multiplies a norm by max_j w_j at most, hence
 
     ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ 2 |λ| max_j w_j        (if tie_lambda=False: |λ| + |λ₀| in place of 2 |λ|)
 
-with equality when all r components coincide, those of the frozen copy are their negatives, w is constant and λλ₀ ≥ 0.
+It is attained, in both norms, when all r components coincide, those of the frozen copy are their negatives, λλ₀ ≥ 0,
+and the a_i are zero wherever w is not at its largest. With r = 1 and a constant w (always so unless "column"), turning
+a to −a₀ does it. With r > 1 the frozen components, drawn at random, do not coincide, and training stays below the
+bound.
 
 Why λ cannot see the scale of A and B: rescaling a_i or b_i by c > 0 changes no unit vector, hence neither ΔW nor its
 derivative in λ (which, tied, is ΔW / λ), hence not ∂L/∂λ. For the same reason the gradient of a_i is orthogonal to a_i,
-and that of b_i to b_i: it turns a vector and cannot ask for another length.
+and that of b_i to b_i: it turns a vector and cannot ask for another length. (What length does set is how far a step of
+an optimiser turns the vector: see `param_groups`.)
 
-The zero start. The first output must be the pretrained model's. B = 0 would give that too, but zero has no direction:
-the first step, however small, would jump to full strength. So A and B start at random and their initial product is
-subtracted. Writing Â for A with unit rows and B̂ for B with unit columns, that difference telescopes:
+The zero start. The first output must be the pretrained model's. B = 0 would give that too, but zero has no direction,
+and any B that has left it, by however small a step, is at full strength. (This file gives a zero vector a zero
+gradient: it would never leave.) So A and B start at random and their initial product is subtracted. Two rounded
+products need not cancel; but with Â for A with unit rows, B̂ for B with unit columns, "," beside and ";" below, they
+telescope:
 
     B̂Â − B̂₀Â₀  =  (B̂ − B̂₀) Â + B̂₀ (Â − Â₀)  =  [B̂ − B̂₀ , B̂₀] · [Â ; Â − Â₀]
 
-At the start every product has a factor that is exactly zero, so the adapted layer equals the pretrained one bit for
-bit in every dtype, and the first step leaves it by an amount proportional to the learning rate. (Tied, λ has no
-gradient before that: ΔW = 0 at any λ.) It is also cheap: with λ/r and w folded in, the two brackets are an ordinary
-LoRA pair of rank 2r (see `factors`).
+At the start every product has a factor that is exactly zero, so the adapted layer equals the pretrained one bit for bit
+in every dtype, as long as λw and x do not overflow it, and the first step leaves it by an amount proportional to the
+learning rate. (Tied, λ has no gradient before that: ΔW = 0 at any λ.) It is also cheap: with λ/r and w folded in, the
+two brackets are an ordinary LoRA pair of rank 2r (see `factors`).
 
 Where the paper and its authors' released code differ, and what this file does:
 1. ‖W‖ in Eq. 8 reads as one number; their code takes the norm of every column. `weight_norm="column"`, the default,
@@ -191,6 +198,8 @@ class DeLoRALinear(nn.Module):
         so that |right x| ≤ 2 ‖x‖, which only an x of the dtype's last powers can overflow.
         """
         wide = torch.promote_types(self.delora_A.dtype, torch.float32)
+        # Unit rows and columns from here on. What is frozen is detached before, since a user may have declared all
+        # parameters trainable, and after, since a slice of a stack that carries a gradient would carry it too.
         A, A0 = _unit(torch.stack((self.delora_A.to(wide), self.delora_A0.detach())), dim=2)  # (r, in) each
         B, B0 = _unit(torch.stack((self.delora_B.to(wide), self.delora_B0.detach())), dim=1)  # (out, r) each
         A0, B0, w = A0.detach(), B0.detach(), self.delora_w_norm.detach().to(wide)  # w (in,)
@@ -342,7 +351,7 @@ def merge(model: nn.Module) -> dict[str, DeLoRALinear]:
     """Replace every adapter by an nn.Linear of weight W + ΔW, in place. Returns the adapters by name, for `unmerge`.
 
     The new layers have tensors of their own: where W was tied to an embedding, the embedding stays as it was, and the
-    two are no longer tied.
+    two are no longer tied until `unmerge`. (Whatever ties them again in between throws the merged weight away.)
 
     Raises:
         ValueError: there is no adapter, or a merged weight is not finite in its dtype. The model is as it was.

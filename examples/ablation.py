@@ -25,8 +25,6 @@ rate is in proportion.
 Needs torch. Without matplotlib there is no figure, which is said.
 """
 
-import copy
-
 from benchmark import LORA
 from quickstart import ByteTransformer
 from robustness import LEAVES, RATES, SEEDS, curve, experiment, over_seeds, prepare, report, run
@@ -49,10 +47,13 @@ STYLES = [{"color": colour, "marker": marker} for colour, marker in (
     ("#ee9922", "v"))]  # fmt: skip
 
 
-def radius(model: ByteTransformer, weight_norm: str | None) -> float:
+def reach(model: ByteTransformer, weight_norm: str | None) -> float:
     """How far λ = 1 lets the learned terms of all layers go together, where the a_i are spread over the inputs."""
-    adapters = inject(copy.deepcopy(model), LEAVES, r=1, weight_norm=weight_norm)
-    return sum(adapter.delora_w_norm.square().mean().item() for adapter in adapters.values()) ** 0.5
+    squares = 0.0
+    for W in (getattr(block, leaf).weight for block in model.blocks for leaf in LEAVES):  # (out, in)
+        whole = W.square().sum().item()
+        squares += {"column": whole / W.shape[1], "frobenius": whole, None: 1.0}[weight_norm]  # the mean of w_j²
+    return squares**0.5
 
 
 def groups(model: ByteTransformer, row: str, lr: float) -> list[dict]:
@@ -63,7 +64,7 @@ def groups(model: ByteTransformer, row: str, lr: float) -> list[dict]:
         clamp(model, r=8)
         return clamped_groups(model, lr)
     options = ROWS[row]
-    share = radius(model, "column") / radius(model, options.get("weight_norm", "column"))
+    share = reach(model, "column") / reach(model, options.get("weight_norm", "column"))
     adapters = inject(model, LEAVES, r=8, lambda_init=STRENGTH * share, **options)
     if row == "by column, λ fixed":
         for adapter in adapters.values():
