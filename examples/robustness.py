@@ -248,8 +248,7 @@ def report(found: dict) -> str:
         lines += [""]
     curves = {m: [*zip(*(over_seeds(runs, "new", method=m, lr=lr) for lr in rates), strict=True)] for m in methods}
     least = min(statistics.fmean(min(losses) for losses in curves[m]) for m in methods if m != FULL)
-    lines += [f"Decades of learning rate within {NEAR} of the own best, and of the best adapter's {least:.3f}"]
-    lines += ["mean, lowest and highest seed; + where it goes on beyond the sweep"]
+    lines += [f"Decades of learning rate within {NEAR} of its own best; of the best adapter's, {least:.3f}"]
     for method in methods:
         cells = []
         for limit in (None, least + NEAR):
