@@ -131,7 +131,8 @@ class Progress:
         spent = time.monotonic() - self.start
         left = spent / step * (self.steps - step)
         loss = "" if loss is None else f"loss {loss:.3f}, "
-        line = f"  {self.label}: {step}/{self.steps}, {loss}{spent:.0f} s, {left:.0f} s left"
+        bar = f"{'#' * (step * 20 // self.steps):.<20}"
+        line = f"  {self.label} {bar} {step}/{self.steps}, {loss}{spent:.0f} s, {left:.0f} s left"
         if sys.stdout.isatty():
             print(f"\r{line:<78}", end="\n" if step == self.steps else "", flush=True)
         elif step * 5 // self.steps > self.fifth:
