@@ -180,6 +180,19 @@ def test_prolonged_training_has_each_method_s_best_rate_and_ten_times_its_best_s
         assert steps[-1] >= 10 * steps[forgetting.best_stop(found, method)], method
 
 
+def test_what_two_experiments_share_came_out_alike():
+    """LoRA, and DeLoRA as it is by default: the same draws in two scripts, in two runs."""
+    pairs = {robustness.LORA: robustness.LORA, "+ w, by column": robustness.OURS}
+    for row, method in pairs.items():
+        rates = {run["lr"] for run in FOUND["ablation"]["runs"]}
+        for key in ("new", "old", "moved"):
+            one, other = (
+                {(run["lr"], run["seed"]): run[key] for run in FOUND[name]["runs"] if run["method"] == which}
+                for name, which in (("ablation", row), ("robustness", method))
+            )
+            assert len(one) == 3 * len(rates) and all(other[which] == value for which, value in one.items()), (row, key)
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_figures_that_the_readme_quotes_are_those_of_the_last_run(name):
     found = FOUND[name]
