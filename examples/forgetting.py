@@ -90,7 +90,7 @@ def report(found: dict) -> str:
     steps, lines = found["runs"][0]["step"], []
     new, old = found["before"]["new"], found["before"]["old"]
     lines += [f"‖W‖ = {found['norm']:.0f}. Before: new text {new:.2f}, old text {old:.2f}. Means over seeds:"]
-    lines += [f"  {'':17}{'lr':>8}{'step':>7}{'‖ΔW‖':>11}{'λ':>7}{'new text':>10}{'old text':>10}   (of all seeds)"]
+    lines += [f"  {'':17}{'lr':>8}{'step':>7}{'‖ΔW‖':>11}{'λ':>7}{'new text':>10}{'old text':>10}   by seed, when"]
     for method in dict.fromkeys(run["method"] for run in found["runs"]):
         best = best_stop(found, method)
         for place, n in (("best stop", best), ("the end", len(steps) - 1)):
@@ -99,7 +99,7 @@ def report(found: dict) -> str:
             strength = f"{statistics.fmean(strengths):.1f}" if strengths else "-"
             means = f"{statistics.fmean(moved):>11.1f}{strength:>7}"
             means += "".join(f"{statistics.fmean(losses):>10.2f}" for losses in (new, old))
-            spread = f"old {min(old):.2f} to {max(old):.2f}"
+            spread = f"{min(old):.2f} to {max(old):.2f}"
             lines += [f"  {method:17}{RATES[method]:>8.1e}{steps[n]:>7}{means}   {spread}, {place}"]
     return "\n".join(lines)
 

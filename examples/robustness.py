@@ -17,7 +17,8 @@ sweep moves both. Full fine-tuning trains everything.
 At the end of each run three numbers are kept: the loss on the new text's validation part, the loss on the old text's,
 and ‖W' - W‖, the Frobenius norm over all 24 matrices. W' is not asked from the method but measured from its outputs. By
 the width of a method is meant how many decades of learning rate around its best one keep the loss within 0.05 of its
-own best, or of the best that any adapter reaches, with straight lines between the points.
+own best, or of the best that any adapter reaches, with straight lines between the points; + says that they go on beyond
+the sweep. In brackets are the lowest and the highest seed.
 
 The other experiments (forgetting.py, start.py, ablation.py) take their methods, runs and pictures from here.
 
@@ -237,7 +238,7 @@ def width(rates: list[float], losses: list[float], limit: float) -> tuple[float,
 def report(found: dict) -> str:
     runs = found["runs"]
     rates, methods = ([*dict.fromkeys(run[key] for run in runs)] for key in ("lr", "method"))
-    lines, wide = [], max(map(len, methods)) + 1
+    lines, wide = [], max(23, *(len(method) + 1 for method in methods))
     for key, title in (("new", f"Loss on the new text (before: {found['before']['new']:.2f}), nats per byte"),
                        ("old", f"Loss on the old text (before: {found['before']['old']:.2f}), nats per byte"),
                        ("moved", f"‖W' - W‖, with ‖W‖ = {found['norm']:.0f}")):
@@ -248,7 +249,7 @@ def report(found: dict) -> str:
         lines += [""]
     curves = {m: [*zip(*(over_seeds(runs, "new", method=m, lr=lr) for lr in rates), strict=True)] for m in methods}
     least = min(statistics.fmean(min(losses) for losses in curves[m]) for m in methods if m != FULL)
-    lines += [f"Decades of learning rate within {NEAR} of its own best; of the best adapter's, {least:.3f}"]
+    lines += [f"  {f'decades within {NEAR} of':{wide}}{'its own best':>22}{'the best adapter':>22}   loss, rate"]
     for method in methods:
         cells = []
         for limit in (None, least + NEAR):
