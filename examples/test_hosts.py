@@ -203,6 +203,24 @@ def test_gradient_checkpointing_in_a_hugging_face_model_changes_no_gradient(reen
     assert all(same_bits(gradients[1][name], gradient) for name, gradient in gradients[0].items())
 
 
+def test_the_trainer_of_hugging_face_takes_the_two_groups(tmp_path):
+    pytest.importorskip("accelerate")
+    model, _ = hugging_face("Llama")
+    adapters = inject(model, ["q_proj", "v_proj"], r=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    import transformers
+
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, lambda_lr=5e-3))
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "lr_scheduler_type": "constant"}
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **options)
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 5e-3]
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    wanted = {f"{name}.delora_{part}" for name in adapters for part in ("A", "B", "lambda")}
+    assert changed == wanted
+
+
 # ------------------------------------------------------------------------------------------------ PyTorch's own layers
 
 

@@ -1,12 +1,15 @@
 """What the README says is run, and what it shows is printed: code, commands, tables, links."""
 
+import contextlib
 import inspect
+import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -87,6 +90,29 @@ def test_the_readme_can_be_read_in_one_sitting():
 def test_the_worked_example_prints_what_the_readme_says(capsys):
     exec(compile(BY_HAND, "README.md", "exec"), {})
     assert capsys.readouterr().out == text_after(BY_HAND)
+
+
+def test_the_steps_of_the_worked_example_are_those_of_the_layer():
+    scope = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(BY_HAND, "README.md", "exec"), scope)
+    layer, delta = scope["layer"], scope["delta"].detach()
+
+    def shown(m: torch.Tensor) -> str:
+        rows = [" ".join(f"{round(number, 4):g}" for number in row) for row in m.tolist()]
+        return f"({'; '.join(rows)})"
+
+    a, b, a0, b0 = (nn.functional.normalize(getattr(layer, f"delora_{name}").detach().flatten(), dim=0)
+                    for name in ("A", "B", "A0", "B0"))  # (2,) each
+    new, old = b.outer(a), b0.outer(a0)  # (2, 2)
+    steps = re.search(r"```text\n(direction.*?)```", README, re.DOTALL)[1]
+    wanted = ["(0.6, 0.8)    b / ‖b‖ = (0.8, 0.6)", shown(new)]
+    wanted += [f"minus b̂₀ â₀ᵀ = {shown(old)}", f"is {shown(new - old)}"]
+    wanted += [f"= {shown(delta)} = ΔW", f"√{delta.square().sum():.2f} = {delta.norm():.3f}"]
+    wanted += [f"‖ΔW‖_* = {torch.linalg.svdvals(delta).sum():.1f}", f"2 · ½ · 5 = {layer.norm_bound():g}"]
+    wanted += [f"the sum of ΔW, {delta.sum():.2f}, by λ: {delta.sum():.2f} / ½ = {layer.delora_lambda.grad.item():.2f}"]
+    assert [a.tolist(), b.tolist()] == [pytest.approx([0.6, 0.8]), pytest.approx([0.8, 0.6])]
+    assert not [text for text in wanted if text not in steps]
 
 
 def test_the_subject_of_the_readme_passes_the_contract_as_it_says(tmp_path):
