@@ -4,7 +4,7 @@
 # ///
 """What each part of DeLoRA brings, from LoRA one change at a time (Table 1).
 
-    python examples/ablation.py            all runs, the table and the figure: about 15 minutes on two cores
+    python examples/ablation.py            all runs, the tables and the figure: about 20 minutes on two cores
     python examples/ablation.py --redraw   table and figure from the numbers of the last run
     python examples/ablation.py --quick    the same path in seconds, too short for figures to quote
 
