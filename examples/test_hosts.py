@@ -544,8 +544,10 @@ def worker(rank: int, job, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     try:
         job(rank, Path(folder))
+        dist.barrier()  # what the other process still waits for is done
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # subtle: torch's threads can abort a process that is taken down in order, after the job is done
 
 
 def in_two_processes(job, folder: Path) -> None:
