@@ -198,11 +198,10 @@ class DeLoRALinear(nn.Module):
         so that |right x| ≤ 2 ‖x‖, which only an x of the dtype's last powers can overflow.
         """
         wide = torch.promote_types(self.delora_A.dtype, torch.float32)
-        # Unit rows and columns from here on. What is frozen is detached before, since a user may have declared all
-        # parameters trainable, and after, since a slice of a stack that carries a gradient would carry it too.
+        # Unit rows and columns from here on. What is frozen is detached: a user may have declared everything trainable.
         A, A0 = _unit(torch.stack((self.delora_A.to(wide), self.delora_A0.detach())), dim=2)  # (r, in) each
         B, B0 = _unit(torch.stack((self.delora_B.to(wide), self.delora_B0.detach())), dim=1)  # (out, r) each
-        A0, B0, w = A0.detach(), B0.detach(), self.delora_w_norm.detach().to(wide)  # w (in,)
+        w = self.delora_w_norm.detach().to(wide)  # (in,)
         peak = w.max().clamp(min=torch.finfo(wide).tiny)  # ()
         lam, scale = self.delora_lambda.to(wide), peak / len(A)  # (1,), ()
         left = lam * scale * torch.cat((B - B0, B0), dim=1)  # (out, 2r)
