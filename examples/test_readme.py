@@ -68,6 +68,15 @@ def test_the_quickstart_ends_with_the_report_of_the_readme():
         assert all(abs(float(a) - float(b)) < 0.1 for a, b in zip(*pairs, strict=True)), pairs
 
 
+def test_the_accuracies_of_the_readme_are_those_of_the_example():
+    table = (ROOT / "examples" / "huggingface.py").read_text(encoding="utf-8")
+    for method, rate in (("LoRA", "0.0005"), ("DeLoRA", "0.01")):  # its usual one
+        accuracy = re.search(rf"^  {method} +{rate} +[\d,]+ +[\d.]+ +([\d.]+) \(", table, re.MULTILINE)[1]
+        assert re.search(rf"a real task: .*\b{method} {accuracy} %", README), method
+    error = re.search(r"standard error of ([\d.]+) points", table)[1]
+    assert f"± {error} each, no verdict" in README
+
+
 def test_the_lines_of_code_beside_the_equation_are_those_of_the_file():
     quoted = re.findall(r"^\| \$.*\$ \| `(.*)` \|$", README, re.MULTILINE)
     lines = [line.strip() for line in inspect.getsource(DeLoRALinear.factors).splitlines()]
