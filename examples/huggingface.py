@@ -17,15 +17,14 @@ DeLoRA, both of the same rank on the same layers with the same head. Each is tra
 ten times that. Rates, rank and λ were set before any accuracy was seen, the split and the number of steps were not. At
 the end the DeLoRA model is saved, reloaded and merged, and has to stay the model that was trained.
 
-With --seeds 3, on two cores of an AMD EPYC that had other work too, torch 2.13.0, transformers 5.23.0, peft 0.21.2, in
-20 minutes (one seed takes 5):
+With --seeds 3, on two cores of an AMD EPYC, torch 2.13.0, transformers 5.23.0, peft 0.21.2, in 13 minutes:
 
   method          lr  trainable  train loss           held out, %  ‖ΔW‖ / its bound
   head alone       -      4,620       0.994   62.4 (61.8 to 62.7)                 -
   LoRA        0.0005    152,076       0.518   64.6 (63.6 to 66.3)        0.7 / none
   LoRA         0.005    152,076       0.295   64.5 (64.2 to 65.0)        6.4 / none
   DeLoRA        0.01    152,100       0.292   67.3 (67.1 to 67.5)        4.8 / 32.3
-  DeLoRA         0.1    152,100       0.330   66.1 (64.6 to 67.5)        5.2 / 27.3
+  DeLoRA         0.1    152,100       0.331   66.2 (64.6 to 67.5)        5.2 / 27.3
 
 Both learn more than the head alone can. At ten times the usual rate LoRA is nine times as far from W and DeLoRA hardly
 farther; on this task neither is hurt. Which of the two is better, this does not say: the split and the number of steps
