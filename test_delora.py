@@ -20,6 +20,7 @@ import itertools
 import math
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ SPEC = os.environ.get("DELORA_SUBJECT", "")
 try:
     import delora
     from delora import (
+        DeLoRA,
         DeLoRALinear,
         adapter_state_dict,
         disabled,
@@ -57,7 +60,9 @@ except ModuleNotFoundError as error:  # another implementation needs no delora.p
 # The phase left out, explain, may print another failing example than the smallest.
 PHASES = [phase for phase in Phase if phase is not Phase.explain]
 settings.register_profile("fast", max_examples=100, derandomize=True, deadline=None, phases=PHASES)
-settings.register_profile("thorough", settings.get_profile("fast"), max_examples=1000, derandomize=False)
+settings.register_profile(
+    "thorough", settings.get_profile("fast"), max_examples=1000, derandomize=False
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +79,9 @@ class Reference:
     """
 
     @staticmethod
-    def build(weight: Tensor, bias: Tensor | None, *, r, lambda_init, weight_norm, tie_lambda) -> nn.Module:
+    def build(
+        weight: Tensor, bias: Tensor | None, *, r, lambda_init, weight_norm, tie_lambda
+    ) -> nn.Module:
         """A new layer, to be called as layer(x), on the parameters weight (out, in) and bias (out,) themselves.
 
         It raises NotImplementedError for a weight_norm ("column", "frobenius", None) or a tie_lambda that it does not
@@ -88,13 +95,20 @@ class Reference:
     def tensors(layer: nn.Module) -> dict[str, Tensor]:
         """What the layer computes with, to be read and written: A (r, in), B (out, r), lambda (1,), and A0, B0 and
         lambda0 if it has them. Where they are stored in another shape, a view: layer.A.T, layer.strength.view(1)."""
-        named = {name: getattr(layer, f"delora_{name}") for name in ("A", "B", "lambda", "A0", "B0", "lambda0")}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        delora = layer.delora
+        named = {
+            "A": delora.A,
+            "B": delora.B,
+            "lambda": delora.lam,
+            "A0": delora.A0,
+            "B0": delora.B0,
+        }
+        return named if delora.lam0 is None else named | {"lambda0": delora.lam0}
 
     @staticmethod
     def delta_weight(layer: nn.Module) -> Tensor:
         """ΔW (out, in), with gradients."""
-        return layer.delta_weight()
+        return layer.delora.delta_weight()
 
     @staticmethod
     def merge(layer: nn.Module) -> Tensor:
@@ -109,7 +123,9 @@ def load_subject(spec: str):
         path = Path(f"{stem}.py").resolve()
         sys.path[:0] = [str(path.parent)]  # so that the file finds what lies beside it
         subject = sys.modules.get(path.stem)
-        if getattr(subject, "__file__", None) != str(path):  # else it is this file, test_delora.py:Reference
+        if getattr(subject, "__file__", None) != str(
+            path
+        ):  # else it is this file, test_delora.py:Reference
             found = importlib.util.spec_from_file_location(path.stem, path)
             sys.modules[path.stem] = subject = importlib.util.module_from_spec(found)
             found.loader.exec_module(subject)
@@ -119,7 +135,11 @@ def load_subject(spec: str):
         subject = importlib.import_module(module)
     for attribute in filter(None, name.rstrip(":").split(".")):
         subject = getattr(subject, attribute)
-    lacking = [f for f in ("build", "tensors", "delta_weight", "merge") if not callable(getattr(subject, f, None))]
+    lacking = [
+        f
+        for f in ("build", "tensors", "delta_weight", "merge")
+        if not callable(getattr(subject, f, None))
+    ]
     if lacking:
         raise TypeError(f"it lacks {', '.join(lacking)}")
     return subject
@@ -131,7 +151,9 @@ def supported_modes(subject) -> list[tuple[str | None, bool]]:
     for mode, tied in itertools.product(MODES, (True, False)):
         weight, bias = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3))
         try:
-            layer = subject.build(weight, bias, r=1, lambda_init=3.0, weight_norm=mode, tie_lambda=tied)
+            layer = subject.build(
+                weight, bias, r=1, lambda_init=3.0, weight_norm=mode, tie_lambda=tied
+            )
         except NotImplementedError:
             continue
         modes.append((mode, tied))
@@ -139,9 +161,14 @@ def supported_modes(subject) -> list[tuple[str | None, bool]]:
             raise TypeError(f"build returned {type(layer).__name__}, not a torch.nn.Module")
         shapes = {name: tuple(tensor.shape) for name, tensor in subject.tensors(layer).items()}
         wanted = {"A": (1, 2), "B": (3, 1), "lambda": (1,)}
-        for name, shape in {**wanted, **{f"{n}0": s for n, s in wanted.items() if f"{n}0" in shapes}}.items():
+        for name, shape in {
+            **wanted,
+            **{f"{n}0": s for n, s in wanted.items() if f"{n}0" in shapes},
+        }.items():
             if shapes.get(name) != shape:
-                raise TypeError(f"tensors()[{name!r}] is {shapes.get(name)}, not {shape}, for r=1, in=2, out=3")
+                raise TypeError(
+                    f"tensors()[{name!r}] is {shapes.get(name)}, not {shape}, for r=1, in=2, out=3"
+                )
     if not modes:
         raise TypeError("build raised NotImplementedError for every weight_norm and tie_lambda")
     return modes
@@ -149,13 +176,18 @@ def supported_modes(subject) -> list[tuple[str | None, bool]]:
 
 PROBLEM, SUBJECT, SUPPORTED = "", Reference, list(itertools.product(MODES, (True, False)))
 if SPEC:
-    pytestmark = pytest.mark.filterwarnings("default")  # what a subject warns of is not what is tested
+    pytestmark = pytest.mark.filterwarnings(
+        "default"
+    )  # what a subject warns of is not what is tested
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             SUBJECT = load_subject(SPEC)
             SUPPORTED = supported_modes(SUBJECT)
-    except (Exception, SystemExit) as error:  # whatever somebody else's file may raise; said below, in one line
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever somebody else's file may raise; said below, in one line
         PROBLEM = f"DELORA_SUBJECT={SPEC}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -180,7 +212,9 @@ class OnlyTheContract:
             return
         modes = ", ".join(f"{mode!r} {'tied' if tied else 'untied'}" for mode, tied in SUPPORTED)
         terminalreporter.write_line(f"Subject: {SPEC}. Its modes: {modes}.")
-        terminalreporter.write_line(f"Deselected: {len(self.helpers)} tests of delora.py's own helpers.")
+        terminalreporter.write_line(
+            f"Deselected: {len(self.helpers)} tests of delora.py's own helpers."
+        )
 
 
 def pytest_generate_tests(metafunc):
@@ -202,7 +236,11 @@ def tol(dtype: torch.dtype, n: int, size: float | Tensor = 1.0) -> float:
 def distance(actual: Tensor, wanted: Tensor) -> float:
     """The largest difference between two entries, in float64."""
     assert actual.shape == wanted.shape
-    return (actual.detach().double() - wanted.detach().double()).abs().max().item() if actual.numel() else 0.0
+    return (
+        (actual.detach().double() - wanted.detach().double()).abs().max().item()
+        if actual.numel()
+        else 0.0
+    )
 
 
 def norms(matrix: Tensor) -> tuple[float, float]:
@@ -228,16 +266,24 @@ class Case:
     bias: bool = False
     zero_column: bool = False  # of W: there the adapter can do nothing, with "column"
     decade: int = 0  # W's entries are of the order 10**decade
-    a: tuple[int | None, ...] = ()  # a_i's entries are of the order 10**a[i], cyclically; None is zero, () the start
+    a: tuple[
+        int | None, ...
+    ] = ()  # a_i's entries are of the order 10**a[i], cyclically; None is zero, () the start
     b: tuple[int | None, ...] = ()  # likewise b_i's
-    uneven: bool = False  # entries of one a_i or b_i are spread evenly over 1e-12 to 1e12, sizes a and b aside
+    uneven: bool = (
+        False  # entries of one a_i or b_i are spread evenly over 1e-12 to 1e12, sizes a and b aside
+    )
     strength: float = 3.0  # λ; λ₀ is 3
     batch: tuple[int, ...] = (3,)  # x is (*batch, in)
     strided: bool = False  # x is not contiguous
     seed: int = 0
 
     def __repr__(self):
-        shown = [f for f in fields(self) if f.name in ("n_in", "n_out", "r") or getattr(self, f.name) != f.default]
+        shown = [
+            f
+            for f in fields(self)
+            if f.name in ("n_in", "n_out", "r") or getattr(self, f.name) != f.default
+        ]
         return f"Case({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def _repr_pretty_(self, printer, cycle):  # what Hypothesis prints
@@ -245,7 +291,9 @@ class Case:
 
     def base(self) -> nn.Linear:
         torch.manual_seed(self.seed)
-        base = nn.Linear(self.n_in, self.n_out, self.bias, dtype=torch.float64)  # entries within ± 1/√in
+        base = nn.Linear(
+            self.n_in, self.n_out, self.bias, dtype=torch.float64
+        )  # entries within ± 1/√in
         base.weight.data *= 10.0**self.decade
         if self.zero_column:
             base.weight.data[:, 0] = 0
@@ -262,7 +310,9 @@ class Case:
             for name, sizes, dim in (("A", self.a, 0), ("B", self.b, 1)):
                 for i, component in enumerate(tensors[name].unbind(dim) if sizes else ()):
                     decade = sizes[i % len(sizes)]
-                    values = torch.randn(component.shape, dtype=torch.float64) * 10.0 ** (decade or 0)
+                    values = torch.randn(component.shape, dtype=torch.float64) * 10.0 ** (
+                        decade or 0
+                    )
                     if self.uneven:
                         values *= 10 ** torch.empty_like(values).uniform_(-12, 12)
                     values = values.sign() * values.abs().clamp(1e-12, 1e12)
@@ -281,14 +331,19 @@ class Case:
         """w (in,) from W by the definition, in float64 (Eq. 8)."""
         weight = self.base().weight.detach().double()  # (out, in)
         column = torch.stack([weight[:, j].norm() for j in range(self.n_in)])  # (in,)
-        return {"column": column, "frobenius": weight.norm().repeat(self.n_in), None: torch.ones(self.n_in).double()}[
-            self.weight_norm
-        ]
+        return {
+            "column": column,
+            "frobenius": weight.norm().repeat(self.n_in),
+            None: torch.ones(self.n_in).double(),
+        }[self.weight_norm]
 
     def strengths(self, layer: nn.Module) -> list[float]:
         """λ, and what the frozen copy is multiplied with, if there is one: λ tied, λ₀ untied (Eq. 9)."""
         tensors = SUBJECT.tensors(layer)
-        current, initial = tensors["lambda"].item(), tensors["lambda0"].item() if "lambda0" in tensors else 3.0
+        current, initial = (
+            tensors["lambda"].item(),
+            tensors["lambda0"].item() if "lambda0" in tensors else 3.0,
+        )
         return [current, current if self.tie_lambda else initial] if "A0" in tensors else [current]
 
     def bound(self, layer: nn.Module) -> float:
@@ -298,7 +353,9 @@ class Case:
     def rounding(self, layer: nn.Module, size: float = 1.0) -> float:
         """`tol` for what is computed from ΔW, whose terms are as large as its bound; its sums over in, out and 2r."""
         largest = max(self.bound(layer), norms(SUBJECT.delta_weight(layer))[0])
-        return tol(SUBJECT.tensors(layer)["A"].dtype, self.n_in + self.n_out + 2 * self.r, largest * size)
+        return tol(
+            SUBJECT.tensors(layer)["A"].dtype, self.n_in + self.n_out + 2 * self.r, largest * size
+        )
 
 
 BATCHES = ((3,), (), (2, 3), (2, 1, 2), (0,), (0, 3))
@@ -306,7 +363,12 @@ BATCHES = ((3,), (), (2, 3), (2, 1, 2), (0,), (0, 3))
 
 @st.composite
 def new_layers(
-    draw, dtypes=(torch.float64,), sizes=(1, 2, 5, 33), zero_columns=(False, True), decades=(0,), batches=BATCHES
+    draw,
+    dtypes=(torch.float64,),
+    sizes=(1, 2, 5, 33),
+    zero_columns=(False, True),
+    decades=(0,),
+    batches=BATCHES,
 ):
     """A layer as it is built: shapes, options and inputs from the edges of what is allowed."""
     n_in, n_out = draw(st.sampled_from(sizes)), draw(st.sampled_from(sizes))
@@ -328,19 +390,36 @@ def new_layers(
 
 
 @st.composite
-def moved_layers(draw, dtypes=(torch.float64,), reach=12, strengths=(3.0, 1e-6, -2.0, 0.0, 1e12), zero=True, **options):
+def moved_layers(
+    draw,
+    dtypes=(torch.float64,),
+    reach=12,
+    strengths=(3.0, 1e-6, -2.0, 0.0, 1e12),
+    zero=True,
+    **options,
+):
     """A layer that is somewhere else: components of any direction and of very different lengths, any λ."""
     case = draw(new_layers(dtypes, **options))
-    sizes = st.lists(st.integers(-reach, reach) | (st.none() if zero else st.nothing()), min_size=1, max_size=3)
+    sizes = st.lists(
+        st.integers(-reach, reach) | (st.none() if zero else st.nothing()), min_size=1, max_size=3
+    )
     values = {f.name: getattr(case, f.name) for f in fields(case)}
-    drawn = {"a": tuple(draw(sizes)), "b": tuple(draw(sizes)), "uneven": draw(st.just(False) | st.just(reach == 12))}
+    drawn = {
+        "a": tuple(draw(sizes)),
+        "b": tuple(draw(sizes)),
+        "uneven": draw(st.just(False) | st.just(reach == 12)),
+    }
     return Case(**values | drawn | {"strength": draw(st.sampled_from(strengths))})
 
 
 def seen(**values) -> Callable:
     """An example that is tried before any is drawn, if the subject has that mode."""
     case = Case(**values)
-    return example(case=case) if (case.weight_norm, case.tie_lambda) in SUPPORTED else lambda test: test
+    return (
+        example(case=case)
+        if (case.weight_norm, case.tie_lambda) in SUPPORTED
+        else lambda test: test
+    )
 
 
 def leaf(tensor: Tensor) -> Tensor:
@@ -358,11 +437,15 @@ def trainable(layer: nn.Module) -> dict[str, Tensor]:
 def gradients(layer: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """∂L/∂A, ∂L/∂B and ∂L/∂λ, in the shapes of A, B and λ."""
     tensors = trainable(layer)
-    found = torch.autograd.grad(loss, [leaf(tensor) for tensor in tensors.values()], allow_unused=True)
+    found = torch.autograd.grad(
+        loss, [leaf(tensor) for tensor in tensors.values()], allow_unused=True
+    )
     unused = [name for name, gradient in zip(tensors, found, strict=True) if gradient is None]
     assert not unused, f"the output does not depend on {unused}"
     return {
-        name: gradient.contiguous().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        name: gradient.contiguous().as_strided(
+            tensor.shape, tensor.stride(), tensor.storage_offset()
+        )
         for (name, tensor), gradient in zip(tensors.items(), found, strict=True)
     }
 
@@ -371,14 +454,19 @@ def linear_loss(case: Case, layer: nn.Module) -> tuple[Tensor, Tensor, float]:
     """L = ⟨G, layer(x)⟩ for a random G (..., out), then ∂L/∂ΔW = Gᵀ x (out, in), then ‖G‖ ‖x‖, which bounds it."""
     x = case.x()  # (..., in)
     G = torch.randn(*case.batch, case.n_out, dtype=x.dtype)  # (..., out)
-    inputs, cotangents = x.reshape(-1, case.n_in), G.reshape(-1, case.n_out)  # (tokens, in), (tokens, out)
+    inputs, cotangents = (
+        x.reshape(-1, case.n_in),
+        G.reshape(-1, case.n_out),
+    )  # (tokens, in), (tokens, out)
     return (layer(x) * G).sum(), cotangents.T @ inputs, G.norm().item() * x.norm().item()
 
 
 def step(layer: nn.Module, base: nn.Linear, optimizer: str, lr: float, loss: Tensor) -> None:
     """One step of that optimiser on A, B, λ and all else that the layer declares trainable, W and b apart."""
     tensors = [*(leaf(tensor) for tensor in trainable(layer).values()), *layer.parameters()]
-    parameters = {id(p): p for p in tensors if p.requires_grad and p is not base.weight and p is not base.bias}
+    parameters = {
+        id(p): p for p in tensors if p.requires_grad and p is not base.weight and p is not base.bias
+    }
     update = getattr(torch.optim, optimizer)(parameters.values(), lr=lr)
     loss.backward()
     update.step()
@@ -390,7 +478,10 @@ def step(layer: nn.Module, base: nn.Linear, optimizer: str, lr: float, loss: Ten
 
 def snapshot(model: nn.Module) -> list:
     """All that a failed call must leave alone: which modules, which tensors, their bits, what is trainable."""
-    modules = [(name, id(module), module.training) for name, module in model.named_modules(remove_duplicate=False)]
+    modules = [
+        (name, id(module), module.training)
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
     tensors = list(model.named_parameters(remove_duplicate=False)) + list(model.named_buffers())
     return [modules, [(name, id(t), t._version, t.requires_grad) for name, t in tensors]]
 
@@ -456,7 +547,9 @@ def test_the_zero_start_survives_autocast(case, narrow):
     layer, base = case.build()
     x = case.x()
     with torch.autocast("cpu", narrow):
-        assert torch.equal(layer(x).double(), base(x).double())  # in a wider dtype if the layer likes
+        assert torch.equal(
+            layer(x).double(), base(x).double()
+        )  # in a wider dtype if the layer likes
 
 
 @given(case=new_layers())
@@ -474,7 +567,11 @@ def test_the_frozen_copy_has_storage_of_its_own(case):
 
 
 @ours
-@given(case=new_layers((torch.float32,)), stored=st.sampled_from(DTYPES[1:]), cast=st.sampled_from(DTYPES[2:]))
+@given(
+    case=new_layers((torch.float32,)),
+    stored=st.sampled_from(DTYPES[1:]),
+    cast=st.sampled_from(DTYPES[2:]),
+)
 def test_an_adapter_of_any_precision_works_under_autocast_to_any_other(case, stored, cast):
     """ΔW = 0 bit for bit, whatever the two precisions are (Eq. 9)."""
     layer, base = case.build()
@@ -486,24 +583,14 @@ def test_an_adapter_of_any_precision_works_under_autocast_to_any_other(case, sto
 
 
 @ours
-@pytest.mark.parametrize("mode", MODES)
-def test_the_zero_start_survives_inputs_near_the_end_of_float16(mode):
-    """No product on the way is larger than the input: ∞ · 0 would be NaN, not zero."""
-    base = nn.Linear(1, 4096, bias=False).half()
-    nn.init.normal_(base.weight)
-    x = torch.full((2, 1), 1e4, dtype=torch.float16)
-    assert base(x).isfinite().all() and same_bits(DeLoRALinear(base, weight_norm=mode)(x), base(x))
-
-
-@ours
 @pytest.mark.parametrize("tied", (True, False))
 def test_what_is_frozen_stays_so_even_if_all_is_declared_trainable(tied):
     """∂L/∂A₀ = ∂L/∂B₀ = ∂L/∂λ₀ = ∂L/∂w = 0 after `model.requires_grad_(True)`, which is common (Eq. 9)."""
     layer = DeLoRALinear(nn.Linear(5, 4), 2, tie_lambda=tied)
     layer.requires_grad_(True)
     layer(torch.randn(3, 5)).square().sum().backward()
-    for name, p in layer.named_parameters(recurse=False):
-        assert (p.grad is not None) == (name in ("delora_A", "delora_B", "delora_lambda")), name
+    for name, p in layer.delora.named_parameters():
+        assert (p.grad is not None) == (name in ("A", "B", "lam")), name
 
 
 @ours
@@ -513,20 +600,27 @@ def test_the_zero_start_survives_compilation():
     """ΔW = 0 bit for bit in a fused graph; afterwards compiled and eager gradients agree (Eq. 9)."""
     torch.manual_seed(0)
     # Seen, with two threads: at (512, 128) the norms of B and B₀, computed apart, were summed in two orders.
-    for base, tied in ((nn.Linear(128, 512), True), (nn.Linear(48, 40), True), (nn.Linear(48, 40), False)):
-        layer, x = DeLoRALinear(base, 2 if tied else 4, tie_lambda=tied), torch.randn(8, base.in_features)
+    for base, tied in (
+        (nn.Linear(128, 512), True),
+        (nn.Linear(48, 40), True),
+        (nn.Linear(48, 40), False),
+    ):
+        layer, x = (
+            DeLoRALinear(base, 2 if tied else 4, tie_lambda=tied),
+            torch.randn(8, base.in_features),
+        )
         torch.compiler.reset()
         compiled = torch.compile(layer, fullgraph=True)
         assert same_bits(compiled(x), torch.compile(base, fullgraph=True)(x))
     with torch.no_grad():
-        layer.delora_A[0] = 0
-        layer.delora_B.normal_()
+        layer.delora.A[0] = 0
+        layer.delora.B.normal_()
     compiled(x).square().sum().backward()
-    found = layer.delora_B.grad.clone()
+    found = layer.delora.B.grad.clone()
     layer.zero_grad()
     layer(x).square().sum().backward()
-    assert distance(found, layer.delora_B.grad) <= tol(torch.float32, 48, layer.delora_B.grad)
-    assert layer.delora_A.grad[0].count_nonzero() == 0
+    assert distance(found, layer.delora.B.grad) <= tol(torch.float32, 48, layer.delora.B.grad)
+    assert layer.delora.A.grad[0].count_nonzero() == 0
 
 
 @ours
@@ -608,13 +702,17 @@ def test_the_bound_is_attained_by_aligned_components(case):
 def test_norm_bound_is_the_right_hand_side(case):
     """norm_bound() = 2 |λ| max_j w_j tied, (|λ| + |λ₀|) max_j w_j untied (Eq. 6 to 9)."""
     layer, _ = case.build()
-    assert layer.norm_bound() == pytest.approx(case.bound(layer), abs=case.rounding(layer))
+    assert layer.delora.norm_bound() == pytest.approx(case.bound(layer), abs=case.rounding(layer))
 
 
 # ------------------------------------------------------------------------------------------------ P3 angles, not scale
 
 
-@given(case=moved_layers(), i=st.integers(0, 2), powers=st.tuples(st.integers(-12, 12), st.integers(-12, 12)))
+@given(
+    case=moved_layers(),
+    i=st.integers(0, 2),
+    powers=st.tuples(st.integers(-12, 12), st.integers(-12, 12)),
+)
 # Seen: a clamp at 1e-4 in the place of the norm. Shorter components are then not normalised.
 @example(case=Case(n_in=2, n_out=2, r=1, a=(0,), b=(0,)), i=0, powers=(-6, 0))
 # Seen: an epsilon of 1e-8 added to the norm.
@@ -635,14 +733,6 @@ def rescale(layer: nn.Module, i: int, powers: tuple[int, int]) -> None:
         B[:, i % len(A)] *= 10.0 ** powers[1]
 
 
-@ours
-@given(case=moved_layers(reach=3), powers=st.tuples(st.integers(-300, 300), st.integers(-300, 300)))
-@example(case=Case(n_in=5, n_out=2, r=2, a=(0,), b=(0,)), powers=(-300, 300))
-def test_rescaling_changes_nothing_over_the_whole_range_of_floats(case, powers):
-    """P3 for every c that a float64 can hold, squares of which overflow (Eq. 5)."""
-    test_rescaling_a_component_changes_no_output.hypothesis.inner_test(case, 0, powers)
-
-
 # ------------------------------------------------------------------------------------------------ P4 tangent gradients
 
 
@@ -659,7 +749,10 @@ def test_gradients_turn_components_and_never_stretch_them(case):
         assert stretch.abs().max() <= case.rounding(layer, size)
 
 
-ZERO = {"case": moved_layers(strengths=(3.0, -2.0, 1e-6)), "which": st.sampled_from(("A", "B", "AB"))}
+ZERO = {
+    "case": moved_layers(strengths=(3.0, -2.0, 1e-6)),
+    "which": st.sampled_from(("A", "B", "AB")),
+}
 
 
 def with_a_zero_component(case: Case, which: str) -> tuple[nn.Module, float, list[Tensor]]:
@@ -682,7 +775,10 @@ def test_a_zero_component_adds_nothing_and_its_gradient_stays_small(case, which)
     """a_i = 0 or b_i = 0: no i-th term in ΔW, and ‖∂L/∂a_i‖ is at most what it is at ‖a_i‖ = 1, never 1/ε (Eq. 5)."""
     layer, size, found = with_a_zero_component(case, which)
     assert distance(SUBJECT.delta_weight(layer), oracle(case, layer)) <= case.rounding(layer)
-    assert all(gradient.norm() <= case.bound(layer) * size + case.rounding(layer, size) for gradient in found)
+    assert all(
+        gradient.norm() <= case.bound(layer) * size + case.rounding(layer, size)
+        for gradient in found
+    )
 
 
 @ours
@@ -706,7 +802,9 @@ def test_the_update_is_linear_in_lambda(case, c):
             updates.append(SUBJECT.delta_weight(layer).clone())
     at_zero, at_lambda, at_multiple = updates
     rounding = case.rounding(layer)
-    assert distance(at_multiple - at_zero, c * (at_lambda - at_zero)) <= rounding * (1 + abs(c) + 1 / abs(c))
+    assert distance(at_multiple - at_zero, c * (at_lambda - at_zero)) <= rounding * (
+        1 + abs(c) + 1 / abs(c)
+    )
     if case.tie_lambda:
         assert at_zero.count_nonzero() == 0
 
@@ -724,7 +822,11 @@ def test_the_gradient_of_lambda_is_the_update_projected_on_the_loss(case):
     assert abs(case.strength * slope - projected) <= 2 * rounding
 
 
-@given(case=moved_layers(), i=st.integers(0, 2), powers=st.tuples(st.integers(-12, 12), st.integers(-12, 12)))
+@given(
+    case=moved_layers(),
+    i=st.integers(0, 2),
+    powers=st.tuples(st.integers(-12, 12), st.integers(-12, 12)),
+)
 # Seen: LoRA, where the gradient of the scaling grows with A and B.
 @example(case=Case(n_in=2, n_out=2, r=1, a=(0,), b=(0,)), i=0, powers=(3, 3))
 def test_the_gradient_of_lambda_is_blind_to_the_scale_of_the_components(case, i, powers):
@@ -735,13 +837,18 @@ def test_the_gradient_of_lambda_is_blind_to_the_scale_of_the_components(case, i,
     rescale(layer, i, powers)
     after = gradients(layer, linear_loss(case, layer)[0])["lambda"].item()
     n = case.n_in + case.n_out + 2 * case.r
-    assert abs(after - before) <= tol(SUBJECT.tensors(layer)["A"].dtype, n, 2 * case.w().max().item() * size)
+    assert abs(after - before) <= tol(
+        SUBJECT.tensors(layer)["A"].dtype, n, 2 * case.w().max().item() * size
+    )
 
 
 # ------------------------------------------------------------------------------------------------ P6 continuous start
 
 
-@given(case=new_layers(zero_columns=(False,), batches=BATCHES[:4]), optimizer=st.sampled_from(("SGD", "AdamW")))
+@given(
+    case=new_layers(zero_columns=(False,), batches=BATCHES[:4]),
+    optimizer=st.sampled_from(("SGD", "AdamW")),
+)
 # Seen: PEFT's B = 0 with a clamp, at full strength after one step whatever the learning rate;
 # the frozen copy that shares A's storage, and A = B = 0 with an epsilon, which never move.
 @example(case=Case(n_in=5, n_out=5, r=2), optimizer="SGD")
@@ -753,12 +860,20 @@ def test_the_first_step_is_as_long_as_the_learning_rate(case, optimizer):
         layer, base = case.build()
         tensors = SUBJECT.tensors(layer)
         before = {name: tensors[name].detach().clone() for name in ("A", "B", "lambda")}
-        step(layer, base, optimizer, lr, linear_loss(case, layer)[0] / math.prod(case.batch, start=case.n_out))
+        step(
+            layer,
+            base,
+            optimizer,
+            lr,
+            linear_loss(case, layer)[0] / math.prod(case.batch, start=case.n_out),
+        )
         moves[lr] = norms(SUBJECT.delta_weight(layer))[0]
         turns = [0.0]  # ε, how far a component turned, in radians, or λ moved, relative to itself
         for name, dim in (("A", 1), ("B", 0), ("lambda", 0)):
             length = before[name].norm(dim=dim)
-            turns += ((tensors[name].detach() - before[name]).norm(dim=dim) / length)[length > 0].tolist()
+            turns += ((tensors[name].detach() - before[name]).norm(dim=dim) / length)[
+                length > 0
+            ].tolist()
         # v/‖v‖ leaves its tangent by ε² at most: for two factors 2 ε², ε² for their product and 2 ε² for that with λ.
         # What grows from zero is linear in itself, times 1 + ε for the other factor and for λ.
         curvature[lr] = 5 * max(turns) ** 2 * case.bound(layer) + 2 * max(turns) * moves[lr]
@@ -768,7 +883,9 @@ def test_the_first_step_is_as_long_as_the_learning_rate(case, optimizer):
     assert moves[1e-7] > 0
     for small, large in ((1e-7, 1e-6), (1e-6, 1e-5), (1e-5, 1e-4)):
         allowed = 2 * curvature[large] + 11 * case.rounding(layer)
-        assert abs(moves[large] - 10 * moves[small]) <= allowed, f"‖ΔW‖ after a step of each rate: {moves}"
+        assert abs(moves[large] - 10 * moves[small]) <= allowed, (
+            f"‖ΔW‖ after a step of each rate: {moves}"
+        )
 
 
 @given(case=new_layers(sizes=(2, 5, 33)))
@@ -788,11 +905,19 @@ def test_the_layer_is_one_linear_map(case):
     """layer(x) = (W + ΔW) x + b, in training and in evaluation, with gradients and without (Eq. 15)."""
     layer, base = case.build()
     x = case.x()
-    effective = base.weight.detach().double() + SUBJECT.delta_weight(layer).detach().double()  # (out, in)
-    wanted = F.linear(x.double(), effective, None if base.bias is None else base.bias.detach().double())
-    largest = effective.abs().max().item() + case.bound(layer) + 1  # of the terms, the bias among them
+    effective = (
+        base.weight.detach().double() + SUBJECT.delta_weight(layer).detach().double()
+    )  # (out, in)
+    wanted = F.linear(
+        x.double(), effective, None if base.bias is None else base.bias.detach().double()
+    )
+    largest = (
+        effective.abs().max().item() + case.bound(layer) + 1
+    )  # of the terms, the bias among them
     size = largest * (x.double().abs().sum(-1).max().item() + 1 if x.numel() else 1)
-    assume(size < torch.finfo(case.dtype).max)  # always so in DeLoRA, whose updates are bounded; LoRA's may overflow
+    assume(
+        size < torch.finfo(case.dtype).max
+    )  # always so in DeLoRA, whose updates are bounded; LoRA's may overflow
     rounding = tol(case.dtype, 6, size)  # of x, h, y and the three weights
     for training, grad in itertools.product((True, False), repeat=2):
         with torch.set_grad_enabled(grad):
@@ -800,7 +925,9 @@ def test_the_layer_is_one_linear_map(case):
         assert y.dtype == case.dtype and distance(y, wanted) <= rounding, f"{training=}, {grad=}"
 
 
-@given(case=moved_layers(reach=0, strengths=(3.0, -2.0), zero=False, sizes=(1, 2, 5), batches=((2,),)))
+@given(
+    case=moved_layers(reach=0, strengths=(3.0, -2.0), zero=False, sizes=(1, 2, 5), batches=((2,),))
+)
 def test_the_gradients_are_those_of_the_output(case):
     """∂/∂A, ∂/∂B, ∂/∂λ and ∂/∂x of layer(x) equal finite differences, in float64 (Eq. 15)."""
     layer, _ = case.build()
@@ -818,7 +945,9 @@ def test_code_that_reads_the_weight_sees_the_adapter(name):
     x, adapted = torch.randn(2, 5, 16), copy.deepcopy(plain)
     base, (parent, _, child) = adapted.get_submodule(name), name.rpartition(".")
     mode, tied = SUPPORTED[0]
-    layer = SUBJECT.build(base.weight, base.bias, r=4, lambda_init=3.0, weight_norm=mode, tie_lambda=tied)
+    layer = SUBJECT.build(
+        base.weight, base.bias, r=4, lambda_init=3.0, weight_norm=mode, tie_lambda=tied
+    )
     setattr(adapted.get_submodule(parent), child, layer)
     unadapted = plain(x)
     with torch.no_grad():
@@ -847,11 +976,15 @@ def test_weight_output_and_merged_layer_agree(case):
         assert same_bits(layer.bias, base.bias) and same_bits(merged.bias, base.bias)
         assert merged.bias.data_ptr() != base.bias.data_ptr()
     with torch.autocast("cpu", torch.bfloat16):
-        assert same_bits(layer.weight, merged.weight) and same_bits(layer.merged().weight, merged.weight)
+        assert same_bits(layer.weight, merged.weight) and same_bits(
+            layer.merged().weight, merged.weight
+        )
 
 
 @ours
-@given(case=moved_layers(reach=0, strengths=(3.0, -2.0), zero=False, sizes=(1, 2, 5), batches=((2,),)))
+@given(
+    case=moved_layers(reach=0, strengths=(3.0, -2.0), zero=False, sizes=(1, 2, 5), batches=((2,),))
+)
 def test_the_gradients_of_the_weight_are_those_of_the_update(case):
     """∂/∂A, ∂/∂B and ∂/∂λ of layer.weight equal finite differences, in float64 (Eq. 15)."""
     layer, _ = case.build()
@@ -864,11 +997,13 @@ def test_dropout_acts_in_training_alone_and_on_the_adapter_alone():
     torch.manual_seed(0)
     layer, x = DeLoRALinear(nn.Linear(64, 64), 4, dropout=0.5), torch.randn(8, 64)
     assert same_bits(layer(x), layer.base_layer(x))  # training, but there is nothing to drop yet
-    layer.delora_A.data.normal_()
+    layer.delora.A.data.normal_()
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     wanted = F.linear(x, layer.weight, layer.bias)
-    assert same_bits(layer(x), layer(x)) and distance(layer(x), wanted) <= tol(torch.float32, 64, wanted)
+    assert same_bits(layer(x), layer(x)) and distance(layer(x), wanted) <= tol(
+        torch.float32, 64, wanted
+    )
 
 
 @ours
@@ -887,13 +1022,19 @@ def test_the_output_keeps_the_dtype_of_the_base_layer():
 def test_an_injected_encoder_trains_alike_in_its_fused_and_its_slow_path():
     """P7 for `inject`: the fused path of nn.TransformerEncoderLayer and nn.MultiheadAttention follow the training."""
     torch.manual_seed(0)
-    encoder, x = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), torch.randn(2, 5, 16)
+    encoder, x = (
+        nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True),
+        torch.randn(2, 5, 16),
+    )
     adapters = inject(encoder, ["linear1", "linear2", "self_attn.out_proj"], r=4)
     optimizer = torch.optim.SGD(param_groups(encoder, lr=0.1))
     for _ in range(2):
         optimizer.zero_grad()
         encoder(x).square()[..., 0].sum().backward()
-        assert all(a.delora_A.grad.abs().sum() > 0 and a.delora_B.grad.abs().sum() > 0 for a in adapters.values())
+        assert all(
+            a.delora.A.grad.abs().sum() > 0 and a.delora.B.grad.abs().sum() > 0
+            for a in adapters.values()
+        )
         optimizer.step()
     slow = encoder(x)
     with torch.no_grad(), disabled(encoder):
@@ -908,9 +1049,12 @@ def test_an_injected_encoder_trains_alike_in_its_fused_and_its_slow_path():
 def test_a_model_whose_layers_are_read_and_not_called_can_be_exported():
     """torch.export follows `layer.weight` = W + ΔW."""
     torch.manual_seed(0)
-    encoder, x = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), torch.randn(2, 5, 16)
+    encoder, x = (
+        nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True),
+        torch.randn(2, 5, 16),
+    )
     for adapter in inject(encoder, ["linear1", "linear2", "out_proj"], r=2).values():
-        adapter.delora_A.data.normal_()
+        adapter.delora.A.data.normal_()
     exported = torch.export.export(encoder, (x,)).module()
     assert distance(exported(x), encoder(x)) <= tol(torch.float32, 32, encoder(x))
 
@@ -932,9 +1076,14 @@ def merge_and_back(layer: nn.Module) -> Tensor:
 def test_the_merged_weight_is_rounded_once(case):
     """|merged − (W + ΔW)| ≤ ½ ulp: the sum, of today's λ, is formed in float32 or wider and rounded once."""
     layer, base = case.build()
-    info, wide = torch.finfo(case.dtype), torch.promote_types(SUBJECT.tensors(layer)["A"].dtype, torch.float32)
+    info, wide = (
+        torch.finfo(case.dtype),
+        torch.promote_types(SUBJECT.tensors(layer)["A"].dtype, torch.float32),
+    )
     for _ in range(2):
-        exact = base.weight.detach().double() + SUBJECT.delta_weight(layer).detach().double()  # (out, in)
+        exact = (
+            base.weight.detach().double() + SUBJECT.delta_weight(layer).detach().double()
+        )  # (out, in)
         half_ulp = info.eps / 2 * exact.abs().clamp(min=info.smallest_normal)
         merged = merge_and_back(layer)
         assert merged.dtype == case.dtype
@@ -984,16 +1133,24 @@ def test_merge_and_unmerge_restore_every_bit_of_a_model(dtype):
     for _ in range(5):
         taken = merge(model)
         # Seen: one nn.Linear under two names, of which one was adapted.
-        assert sorted(taken) == ["first", "head", "proj", "q_proj", "second"] and model.first is model.second
+        assert (
+            sorted(taken) == ["first", "head", "proj", "q_proj", "second"]
+            and model.first is model.second
+        )
         assert not any(isinstance(module, DeLoRALinear) for module in model.modules())
         assert not any(p.requires_grad for p in model.parameters())
         for name, adapter in taken.items():
             plain, wide = model.get_submodule(name), torch.promote_types(dtype, torch.float32)
             assert plain.weight.dtype == dtype and not plain.training
-            exact = (adapter.base_layer.weight.to(wide) + adapter.delta_weight().to(wide)).to(dtype)
+            exact = (
+                adapter.base_layer.weight.to(wide) + adapter.delora.delta_weight().to(wide)
+            ).to(dtype)
             assert same_bits(plain.weight, exact)
         assert distance(model(TOKENS), adapted) <= tol(dtype, 8, adapted)
-        assert same_bits(model.embed.weight, bits["embed.weight"]) and model.head.weight is not model.embed.weight
+        assert (
+            same_bits(model.embed.weight, bits["embed.weight"])
+            and model.head.weight is not model.embed.weight
+        )
         unmerge(model, taken)
     assert snapshot(model) == before
     assert all(same_bits(tensor, bits[name]) for name, tensor in model.state_dict().items())
@@ -1005,15 +1162,15 @@ def test_merge_refuses_what_is_not_finite_and_changes_nothing():
     model = Attention().half()
     inject(model, ["q_proj", "proj"], r=1)
     with torch.no_grad():
-        model.proj.delora_A.neg_()
-        model.proj.delora_w_norm.fill_(6e4)
+        model.proj.delora.A.neg_()
+        model.proj.delora.w.fill_(6e4)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"^proj: .*not finite"):
         merge(model)
     assert snapshot(model) == before
     with pytest.raises(ValueError, match="Linear .* nothing holds it|model itself"):
         merge(DeLoRALinear(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match="Attention has no DeLoRALinear"):
+    with pytest.raises(ValueError, match="there is no DeLoRA here"):
         merge(Attention())
 
 
@@ -1023,20 +1180,36 @@ def test_unmerge_follows_the_mode_of_the_model_and_refuses_what_does_not_fit():
     inject(model, ["q_proj", "first"], dropout=0.5)
     taken = merge(model)
     before = snapshot(model)
-    for wrong in ({"q_proj": nn.Linear(8, 8)}, {"norm": taken["q_proj"]}, {"nowhere": taken["q_proj"]}, {"embed": 3}):
+    for wrong in (
+        {"q_proj": nn.Linear(8, 8)},
+        {"norm": taken["q_proj"]},
+        {"nowhere": taken["q_proj"]},
+        {"embed": 3},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             unmerge(model, taken | wrong)
         assert snapshot(model) == before
-    for other in (nn.Linear(8, 9), nn.Linear(9, 8), Sealed(nn.Linear(8, 8)), DeLoRALinear(nn.Linear(8, 8))):
+    for other in (
+        nn.Linear(8, 9),
+        nn.Linear(9, 8),
+        Sealed(nn.Linear(8, 8)),
+        DeLoRALinear(nn.Linear(8, 8)),
+    ):
         changed = copy.deepcopy(model)
         changed.q_proj = other
-        with pytest.raises(ValueError, match=f"q_proj: DeLoRALinear was not merged into this {type(other).__name__}"):
+        with pytest.raises(
+            ValueError, match=f"q_proj: .*this DeLoRALinear back for .*but {type(other).__name__}"
+        ):
             unmerge(changed, taken)
         assert changed.q_proj is other and type(changed.first) is nn.Linear
     model.eval().to("meta")  # stands for any other device
     unmerge(model, taken)
     assert all(p.is_meta for p in model.parameters())
-    assert model.q_proj is taken["q_proj"] and not model.q_proj.training and not model.q_proj.dropout.training
+    assert (
+        model.q_proj is taken["q_proj"]
+        and not model.q_proj.training
+        and not model.q_proj.dropout.training
+    )
     with pytest.raises(ValueError, match="q_proj"):
         unmerge(model, taken)
 
@@ -1062,7 +1235,9 @@ def test_disabled_is_the_pretrained_model_and_nests():
 
 def oracle(case: Case, layer: nn.Module, w: Tensor | None = None) -> Tensor:
     """ΔW by the definition, in float64: a sum over rank-one components, entry by entry. w is measured if not given."""
-    tensors = {name: tensor.detach().double().tolist() for name, tensor in SUBJECT.tensors(layer).items()}
+    tensors = {
+        name: tensor.detach().double().tolist() for name, tensor in SUBJECT.tensors(layer).items()
+    }
     w, (strength, *frozen) = (case.w() if w is None else w.double()).tolist(), case.strengths(layer)
     terms = [("A", "B", strength), *(("A0", "B0", -strength0) for strength0 in frozen)]
     total = [[0.0] * case.n_in for _ in range(case.n_out)]
@@ -1083,7 +1258,16 @@ def oracle(case: Case, layer: nn.Module, w: Tensor | None = None) -> Tensor:
 @seen(n_in=5, n_out=33, r=2, a=(0,), b=(0,), dtype=torch.bfloat16)
 # Seen: norms of rows where columns are meant, invisible as long as layers are square and r = 1.
 @seen(n_in=2, n_out=5, r=2, a=(0, 1), b=(1, 0))
-@seen(n_in=2, n_out=5, r=2, a=(0, 1), b=(1, 0), weight_norm="frobenius", tie_lambda=False, strength=-2.0)
+@seen(
+    n_in=2,
+    n_out=5,
+    r=2,
+    a=(0, 1),
+    b=(1, 0),
+    weight_norm="frobenius",
+    tie_lambda=False,
+    strength=-2.0,
+)
 @seen(n_in=2, n_out=5, r=2, a=(0, 1), b=(1, 0), weight_norm=None, strength=-2.0)
 def test_the_update_equals_a_loop_over_rank_one_components(case):
     """ΔW = Σ_i (λ/r) b_i a_iᵀ / (‖b_i‖ ‖a_i‖) diag(w), minus the same of the frozen copy (Eq. 8, 9)."""
@@ -1111,7 +1295,9 @@ def test_the_worked_example_comes_out_as_by_hand(mode):
         wanted = torch.tensor([[1.2, 0.64], [-1.6, 0.48]], dtype=torch.float64)
         assert distance(delta, wanted) <= tol(torch.float64, 4, 5)
         assert norms(delta) == pytest.approx((4.64**0.5, 2.8), rel=tol(torch.float64, 4))
-        assert gradients(layer, delta.sum())["lambda"].item() == pytest.approx(1.44, rel=tol(torch.float64, 8, 5))
+        assert gradients(layer, delta.sum())["lambda"].item() == pytest.approx(
+            1.44, rel=tol(torch.float64, 8, 5)
+        )
         y = layer(torch.ones(2, dtype=torch.float64))
         assert y.tolist() == pytest.approx([4.84, 4.88], rel=tol(torch.float64, 8))
 
@@ -1121,14 +1307,16 @@ def test_the_worked_example_comes_out_as_by_hand(mode):
 def test_the_factors_are_a_lora_pair_of_twice_the_rank(case):
     """ΔW = left @ right, left (out, 2r), right (2r, in), in float32 or wider for any parameters (Eq. 8, 9)."""
     layer, _ = case.build()
-    left, right = layer.factors()
+    left, right = layer.delora.factors()
     assert left.shape == (case.n_out, 2 * case.r) and right.shape == (2 * case.r, case.n_in)
     assert distance(left @ right, oracle(case, layer)) <= case.rounding(layer)
     layer.to(torch.bfloat16)
-    assert {tensor.dtype for tensor in (*layer.factors(), layer.delta_weight())} == {torch.float32}
-    wanted = oracle(case, layer, layer.delora_w_norm)
-    rounding = tol(torch.float32, case.n_in + case.n_out + 2 * case.r, layer.norm_bound())
-    assert distance(layer.delta_weight(), wanted) <= rounding
+    assert {tensor.dtype for tensor in (*layer.delora.factors(), layer.delora.delta_weight())} == {
+        torch.float32
+    }
+    wanted = oracle(case, layer, layer.delora.w)
+    rounding = tol(torch.float32, case.n_in + case.n_out + 2 * case.r, layer.delora.norm_bound())
+    assert distance(layer.delora.delta_weight(), wanted) <= rounding
 
 
 @ours
@@ -1138,7 +1326,7 @@ def test_the_weight_norm_is_measured_as_the_mode_says():
     base.weight.data = torch.tensor([[3.0, 0.0], [4.0, 2.0]]).double()
     for mode, w in (("column", [5.0, 2.0]), ("frobenius", [29**0.5] * 2), (None, [1.0, 1.0])):
         layer = DeLoRALinear(base, 1, weight_norm=mode)
-        assert layer.delora_w_norm.tolist() == pytest.approx(w, rel=tol(torch.float64, 4))
+        assert layer.delora.w.tolist() == pytest.approx(w, rel=tol(torch.float64, 4))
         assert not any(p.requires_grad for p in base.parameters())
 
 
@@ -1147,9 +1335,9 @@ def test_the_weight_norm_is_measured_as_the_mode_says():
 def test_the_weight_norm_of_a_narrow_base_is_measured_in_float32(dtype):
     base = nn.Linear(9, 300).to(dtype)
     layer = DeLoRALinear(base)
-    assert layer.delora_w_norm.dtype == torch.float32
+    assert layer.delora.w.dtype == torch.float32
     wanted = base.weight.double().norm(dim=0)
-    assert distance(layer.delora_w_norm, wanted) <= tol(torch.float32, 300, wanted)
+    assert distance(layer.delora.w, wanted) <= tol(torch.float32, 300, wanted)
 
 
 # ------------------------------------------------------------------------------------------------ P10 checkpoint
@@ -1187,20 +1375,30 @@ def test_a_checkpoint_restores_the_outputs_bit_for_bit_without_a_configuration(t
     trained(model)
     state = through_a_file(adapter_state_dict(model))
     changed = {"norm.weight", "norm.bias", "q_proj.base_layer.bias"}
-    assert {key for key in state if "delora_" not in key} == changed
-    assert {key.split(".")[0] for key in state if "delora_" in key} == {"q_proj", "first", "second"}
+    assert {key for key in state if ".delora." not in key} == changed
+    assert {key.split(".")[0] for key in state if ".delora." in key} == {
+        "q_proj",
+        "first",
+        "second",
+    }
 
     fresh = copy.deepcopy(pretrained)
     adapters = load_adapter(fresh, state)
     assert same_bits(fresh(TOKENS), model(TOKENS))
     assert set(adapters) == {"q_proj", "first", "second"} and fresh.first is fresh.second
     trainable = {name for name, p in fresh.named_parameters() if p.requires_grad}
-    assert trainable == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {
+        f"{name}.delora.{leaf}" for name in ("q_proj", "first") for leaf in ("A", "B", "lam")
+    }
+    fresh.norm.requires_grad_(True)  # by its owner, as after inject
+    fresh.q_proj.base_layer.bias.requires_grad_(True)
     again = adapter_state_dict(fresh)
     assert again.keys() == state.keys() and all(same_bits(again[key], state[key]) for key in state)
 
     saved = adapter_state_dict(fresh)
-    trained(fresh)  # a checkpoint is a copy: training on leaves it alone, and loading it again goes back to it
+    trained(
+        fresh
+    )  # a checkpoint is a copy: training on leaves it alone, and loading it again goes back to it
     assert all(same_bits(saved[key], state[key]) for key in state)
     assert not torch.equal(fresh(TOKENS), model(TOKENS))
     load_adapter(fresh, state)
@@ -1213,13 +1411,16 @@ def test_a_single_layer_is_a_model_too():
     torch.manual_seed(0)
     base = nn.Linear(4, 4)
     layer, fresh = DeLoRALinear(copy.deepcopy(base), 2), DeLoRALinear(copy.deepcopy(base), 2)
-    layer.delora_A.data.normal_()
+    layer.delora.A.data.normal_()
     state = through_a_file(adapter_state_dict(layer))
-    assert "delora_A" in state and set(load_adapter(fresh, state)) == {""}
+    assert "delora.A" in state and set(load_adapter(fresh, state)) == {""}
     assert same_bits(fresh(torch.ones(4)), layer(torch.ones(4)))
-    for model, call in ((layer, lambda: inject(layer, "all-linear")), (base, lambda: load_adapter(base, state))):
+    for model, call in (
+        (layer, lambda: inject(layer, "all-linear")),
+        (base, lambda: load_adapter(base, state)),
+    ):
         before = snapshot(model)
-        with pytest.raises(ValueError, match="matches none of|delora_A"):
+        with pytest.raises(ValueError, match="leave no layer|delora.A"):
             call()
         assert snapshot(model) == before
 
@@ -1229,40 +1430,10 @@ def test_a_model_that_is_named_as_in_peft_keeps_its_names():
     torch.manual_seed(0)
     model = nn.ModuleDict({"base_model": nn.ModuleDict({"model": Attention()})})
     fresh = copy.deepcopy(model)
-    inject(model, ["q_proj"], r=2)["base_model.model.q_proj"].delora_A.data.normal_()
+    inject(model, ["q_proj"], r=2)["base_model.model.q_proj"].delora.A.data.normal_()
     assert set(load_adapter(fresh, adapter_state_dict(model))) == {"base_model.model.q_proj"}
     inner, same = model["base_model"]["model"], fresh["base_model"]["model"]
     assert same_bits(inner(TOKENS), same(TOKENS))
-
-
-@ours
-def test_a_peft_checkpoint_loads_as_it_is():
-    """PEFT's formula, (λ/r) B Ξ A diag(w) without a frozen copy, under PEFT's keys."""
-    torch.manual_seed(0)
-    model, state = Attention(), {}
-    A, B, w = torch.randn(2, 8), torch.randn(8, 2), torch.rand(8)
-    for leaf, value in (("A", A), ("B", B), ("lambda", torch.tensor([7.0])), ("w_norm", w)):
-        state[f"base_model.model.q_proj.delora_{leaf}"] = value
-    adapter = load_adapter(model, state)["q_proj"]
-    wanted = 7 / 2 * (B / B.norm(dim=0)) @ (A / A.norm(dim=1, keepdim=True)) * w
-    assert distance(adapter.delta_weight(), wanted) <= tol(torch.float32, 8, 7 * w)
-    state |= {"base_model.model.q_proj.base_layer.bias": torch.ones(8)}  # PEFT's bias="all"
-    model = Attention()
-    load_adapter(model, state)
-    assert same_bits(model.q_proj.bias, torch.ones(8)) and model.q_proj.bias.requires_grad
-    model = Attention()
-    load_adapter(model, state | {"base_model.model.proj.weight": torch.ones(8, 8)})  # PEFT's modules_to_save
-    assert same_bits(model.proj.weight, torch.ones(8, 8)) and model.proj.weight.requires_grad
-    # PEFT clamps norms of columns of B, and of rows of A, at 1e-4; the norms along the other axis mean nothing
-    clamp = torch.eye(8, 2).double() * 1e-4
-    across = torch.ones(8, 2).index_fill(0, torch.tensor(3), 1e-5)
-    for matrix in (B * torch.tensor([1.0, 0.0]), clamp, across):
-        for leaf, value in (("B", matrix), ("A", 1.01 * matrix.T)):
-            load_adapter(Attention(), state | {f"base_model.model.q_proj.delora_{leaf}": value})
-    for matrix in (0.99 * clamp, torch.ones(8, 2) * torch.tensor([1.0, 1e-5])):
-        for leaf, value in (("B", matrix), ("A", matrix.T)):
-            with pytest.raises(ValueError, match=rf"shorter than 1e-4.*q_proj\.delora_{leaf}"):
-                load_adapter(Attention(), state | {f"base_model.model.q_proj.delora_{leaf}": value})
 
 
 @ours
@@ -1275,34 +1446,70 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key_and_changes_nothing():
     more = Attention()
     inject(more, ["q_proj", "proj"], r=3, tie_lambda=False)
     fresh = Attention()
-    fresh.codes = nn.Parameter(torch.zeros(8, dtype=torch.int8), requires_grad=False)
-    A = "q_proj.delora_A"
-    cases = [(fresh, {k: v for k, v in state.items() if k != key}, key) for key in state if "lambda0" not in key]
-    cases = [(model, wrong, key) for model, wrong, key in cases if not key.startswith(("first", "second"))]
+    A = "q_proj.delora.A"
+    cases = [
+        (fresh, {k: v for k, v in state.items() if k != key}, key)
+        for key in state
+        if "lam0" not in key
+    ]
+    cases = [
+        (model, wrong, key)
+        for model, wrong, key in cases
+        if not key.startswith(("first", "second"))
+    ]
     cases += [
         (fresh, state | {A: torch.randn(3, 7)}, A),
         (fresh, state | {A: torch.randn(8)}, A),
         (fresh, state | {A: torch.tensor(1.0)}, A),
+        (adapted, state | {A: torch.tensor(1.0)}, A),
+        (adapted, state | {A: "text"}, A),
         (fresh, state | {A: torch.ones(3, 8, dtype=torch.int64)}, A),
         (fresh, state | {A: "text"}, A),
-        (fresh, state | {A: state[A] * math.nan}, "not finite .*q_proj.delora_A"),
-        (fresh, state | {"q_proj.delora_C": torch.randn(1)}, "q_proj.delora_C"),
-        (fresh, state | {"layers.9.delora_A": torch.randn(3, 8)}, "layers.9.delora_A"),
-        (fresh, state | {"norm.delora_A": torch.randn(3, 8)}, "norm.delora_A"),
-        (fresh, state | {"norm.weight": torch.randn(9)}, "norm.weight"),
-        (fresh, state | {"codes": torch.randn(8)}, "codes: .*nothing of that name in the model$"),
-        (fresh, state | {"second.delora_lambda": torch.tensor([1.0])}, r"(first|second)\.delora_lambda: tied"),
-        (fresh, {"q_proj.lora_A.weight": torch.randn(3, 8)}, "lacks DeLoRA .*, it is LoRA: .*q_proj.lora_A.weight"),
-        (fresh, {"base_model.model.proj.lora_A.weight": torch.randn(3, 8)}, "lacks DeLoRA tensors, it is LoRA: "),
-        (fresh, {"nowhere.delora_quantised": torch.ones(1)}, "lacks DeLoRA tensors"),
-        (fresh, {f"base_model.model.proj.delora_{leaf}": torch.ones(8) for leaf in ("A", "B")}, "proj.delora_A0"),
-        (fresh, {f"base_model.model.proj.delora_{leaf}": torch.tensor(1.0) for leaf in ("A", "B")}, "proj.delora_A0"),
-        (fresh, {"norm.weight": torch.randn(8)}, r"lacks DeLoRA tensors: \['norm.weight'\]$"),
-        (fresh, {}, "lacks DeLoRA tensors"),
-        (fresh, {k: v for k, v in state.items() if "0" not in k}, r"q_proj\.delora_A0"),
-        (fresh, "adapter.pt", "adapter.pt"),
-        (adapted, state, r"q_proj.delora_A: \(3, 8\) in the checkpoint, \(2, 8\) in the model"),
-        (more, state, r"proj.delora_A"),
+        (fresh, state | {A: state[A] * math.nan}, "q_proj.delora.A is no tensor of finite"),
+        (fresh, state | {"q_proj.delora.C": torch.randn(1)}, "q_proj.delora.C"),
+        (fresh, state | {"layers.9.delora.A": torch.randn(3, 8)}, "layers.9.delora.A"),
+        (fresh, state | {"norm.delora.A": torch.randn(3, 8)}, "norm: LayerNorm is no linear layer"),
+        (
+            fresh,
+            state | {"norm.weight": torch.randn(9)},
+            r"norm.weight: \(9,\) in the file, \(8,\) here",
+        ),
+        (
+            fresh,
+            state | {"no.codes": torch.randn(8)},
+            "no.codes: the model has nothing of that name",
+        ),
+        (
+            fresh,
+            state | {"second.delora.lam": torch.tensor([1.0])},
+            r"(first|second)\.delora\.lam: tied",
+        ),
+        (
+            fresh,
+            {"q_proj.lora_A.weight": torch.randn(3, 8)},
+            "^q_proj.lora_A.weight: .*'lora_' is LoRA's",
+        ),
+        (
+            fresh,
+            {f"module.{k}": v for k, v in state.items()},
+            "^module.*'module.' comes from DistributedDataP",
+        ),
+        (
+            fresh,
+            {f"_orig_mod.{k}": v for k, v in state.items()},
+            "^_orig_mod.*'_orig_mod.' from torch.compile",
+        ),
+        (
+            fresh,
+            {f"base_model.model.proj.delora_{leaf}": torch.ones(8) for leaf in "AB"},
+            "^base_model.*peft_check",
+        ),
+        (fresh, {"norm.weight": torch.randn(8)}, "there is no DeLoRA here"),
+        (fresh, {}, "there is no DeLoRA here"),
+        (fresh, {k: v for k, v in state.items() if "0" not in k}, r"q_proj\.delora\.A0 is missing"),
+        (fresh, "adapter.pt", "as of torch.load.*adapter.pt"),
+        (adapted, state, r"q_proj.delora.A: \(3, 8\) in the file, \(2, 8\) here"),
+        (more, state, r"proj.delora.A"),
     ]
     for model, wrong, message in cases:
         before = snapshot(model)
@@ -1312,34 +1519,21 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_key_and_changes_nothing():
 
 
 @ours
-def test_an_adapter_that_was_trained_on_floats_is_refused_where_the_layer_is_quantised():
-    """The rounding of W is in no tensor of the adapter; delora_quantised in its checkpoint says if there was any."""
+def test_an_adapter_loads_on_a_quantised_layer_and_one_of_a_quantised_layer_on_floats():
+    """As with QLoRA: what is trained on codes can be merged into the floats that they came from, and the reverse."""
     torch.manual_seed(0)
-    pretrained = Attention()
-    floats, codes = copy.deepcopy(pretrained), copy.deepcopy(pretrained)
+    floats = Attention()
+    codes = copy.deepcopy(floats)
     codes.proj = Int8Linear(codes.proj)
-    fresh = copy.deepcopy(codes)
-    for model in (floats, codes):
+    for source, target in ((floats, codes), (codes, floats)):
+        model, fresh = copy.deepcopy(source), copy.deepcopy(target)
         inject(model, ["proj", "q_proj"], r=2)
-        trained(model)
-    state, quantised = (through_a_file(adapter_state_dict(model)) for model in (floats, codes))
-    assert quantised.keys() - state.keys() == {"proj.delora_quantised"}
-    peft = {f"base_model.model.{key}": value for key, value in state.items() if not key.endswith("0")}
-    for wrong in (state, peft):
-        for model in (fresh, codes):
-            before = snapshot(model)
-            with pytest.raises(ValueError, match=r"lacks \['proj.delora_quantised'\], quantised here, not there"):
-                load_adapter(model, wrong)
-            assert snapshot(model) == before
-    absent = {key: value for key, value in quantised.items() if not key.startswith("proj")}
-    with pytest.raises(ValueError, match=r"lacks \['proj.delora_A', .*'proj.delora_quantised'\]$"):
-        load_adapter(codes, absent)
-    load_adapter(fresh, quantised)
-    assert same_bits(fresh(TOKENS), codes(TOKENS))
-    load_adapter(pretrained, quantised)  # the other way round is what QLoRA does to merge without a second rounding
-    assert same_bits(pretrained.proj.delta_weight(), codes.proj.delta_weight())
-    assert pretrained.proj.delora_quantised is None
-    assert not any("quantised" in key for key in adapter_state_dict(pretrained))
+        state = through_a_file(adapter_state_dict(trained(model)))
+        load_adapter(fresh, state)
+        assert same_bits(fresh.proj.delora.delta_weight(), model.proj.delora.delta_weight())
+        assert fresh.proj.base_layer is not model.proj.base_layer and type(
+            fresh.proj.base_layer
+        ) is type(target.proj)
 
 
 @ours
@@ -1349,8 +1543,14 @@ def test_a_checkpoint_that_unties_what_the_model_ties_is_refused():
     source = Attention()
     inject(source, ["q_proj", "first"], r=2)
     state = adapter_state_dict(source)
-    head, shared = state | {"head.weight": torch.randn(16, 8)}, {k: v for k, v in state.items() if "second" not in k}
-    for wrong, message in ((head, "^embed.weight: tied"), (shared, "^second.delora_A, .*second.delora_w_norm: tied")):
+    head, shared = (
+        state | {"head.weight": torch.randn(16, 8)},
+        {k: v for k, v in state.items() if "second" not in k},
+    )
+    for wrong, message in (
+        (head, "^(embed|head).weight: tied"),
+        (shared, "^second.delora.A is missing"),
+    ):
         model = Attention()
         before = snapshot(model)
         with pytest.raises(ValueError, match=message):
@@ -1360,7 +1560,7 @@ def test_a_checkpoint_that_unties_what_the_model_ties_is_refused():
     model = Attention().bfloat16()
     unchanged = state | {"head.weight": model.head.weight.detach().clone().float()}
     load_adapter(model, unchanged)
-    assert model.embed.weight.requires_grad and model.head.weight is model.embed.weight
+    assert not model.embed.weight.requires_grad and model.head.weight is model.embed.weight
 
 
 @pytest.fixture
@@ -1375,8 +1575,8 @@ def process_group():
 
 
 @ours
-def test_a_sharded_model_is_saved_whole_loads_and_is_not_adapted_or_merged(process_group):
-    """FSDP2: examples/test_hosts.py has two processes. Here is what a single one can see."""
+def test_a_sharded_model_is_refused_by_name_wherever_it_must_be_whole(process_group):
+    """FSDP2: examples/distributed.py saves and loads it, in two processes. Here is what a single one can see."""
     fully_shard = getattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard", None)
     if fully_shard is None:
         pytest.skip("FSDP2 is torch 2.6's")
@@ -1384,32 +1584,29 @@ def test_a_sharded_model_is_saved_whole_loads_and_is_not_adapted_or_merged(proce
     pretrained = Attention()
     del pretrained.second, pretrained.head
     pretrained.forward = None
-    model, plain = copy.deepcopy(pretrained), copy.deepcopy(pretrained)
+    model, plain, whole = (copy.deepcopy(pretrained) for _ in range(3))
     inject(model, ["q_proj", "proj"], r=2, tie_lambda=False)
-    model.norm.requires_grad_(True)
-    state = {name: torch.randn_like(value) for name, value in adapter_state_dict(model).items()}
+    state, bound = adapter_state_dict(model), model.proj.delora.norm_bound()
     fully_shard(model)
-    load_adapter(model, state)
-    saved = adapter_state_dict(model)
-    assert saved.keys() == state.keys() and "norm.weight" in saved
-    for name, value in saved.items():
-        assert type(value) is Tensor and same_bits(value, state[name])
-        assert hasattr(model.get_parameter(name), "full_tensor") and value.data_ptr() != state[name].data_ptr()
-    parts = {name: p for name, p in model.named_parameters() if name in state}  # as they come, sharded
-    target = copy.deepcopy(plain)
-    load_adapter(target, parts)
-    assert all(same_bits(value, state[name]) for name, value in adapter_state_dict(target).items())
+    assert "lam" in repr(model) and model.proj.delora.norm_bound() == bound
+    parts = {
+        name: p for name, p in model.named_parameters() if name in state
+    }  # as they come, sharded
     fully_shard(plain)
     for call, message in (
-        (lambda: inject(model, ["first"]), "^first: sharded"),
-        (lambda: inject(plain, "all-linear"), "^q_proj: sharded"),
-        (lambda: merge(model), "^sharded"),
-        (lambda: model.proj.weight, "^sharded"),
+        (lambda: inject(model, ["first"]), "^first: its weight is sharded"),
+        (lambda: inject(plain, "all-linear"), "^q_proj: its weight is sharded"),
+        (lambda: merge(model), "^q_proj is sharded"),
+        (lambda: adapter_state_dict(model), "^q_proj.delora.A is sharded"),
+        (lambda: load_adapter(model, state), "^q_proj.delora.A is sharded"),
+        (lambda: load_adapter(plain, state), "^q_proj: its weight is sharded"),
+        (lambda: load_adapter(whole, parts), "^q_proj.delora.A is sharded"),
+        (lambda: model.proj.weight, "^its weight is sharded"),
     ):
-        before = snapshot(model), snapshot(plain)
+        before = snapshot(model), snapshot(plain), snapshot(whole)
         with pytest.raises(TypeError, match=message):
             call()
-        assert (snapshot(model), snapshot(plain)) == before
+        assert (snapshot(model), snapshot(plain), snapshot(whole)) == before, message
 
 
 # ------------------------------------------------------------------------------------------------ P11 nothing half done
@@ -1469,24 +1666,41 @@ def test_a_layer_that_cannot_be_measured_is_named_and_changes_nothing():
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        (Attention, {"target_modules": ["q_proj", "oj"]}, "'oj' matches none of q_proj, proj, first, second, head"),
-        (Attention, {"target_modules": "q_pro"}, "'q_pro' .*regular expression.* matches none of q_proj, proj"),
+        (
+            Attention,
+            {"target_modules": ["q_proj", "oj"]},
+            r"'oj' matches nothing.*\['first', 'head', 'proj', 'q_proj', 'second'\]",
+        ),
+        (
+            Attention,
+            {"target_modules": "q_pro"},
+            r"'q_pro' matches nothing.* as a string .*a regular expression for the whole name",
+        ),
         (Attention, {"target_modules": []}, r"target_modules=\[\]"),
         (Attention, {"target_modules": None}, "None"),
-        (Attention, {"target_modules": ["q_proj", 3]}, r"\['q_proj', 3\]"),
-        (Attention, {"target_modules": "*q"}, r"\*q"),
+        (Attention, {"target_modules": ["q_proj", 3]}, "3 matches nothing"),
+        (
+            Attention,
+            {"target_modules": "all_linear"},
+            "'all_linear' matches nothing.*'all-linear' or a regular expression",
+        ),
+        (Attention, {"target_modules": "*q"}, r"'\*q' is no regular expression"),
         (Attention, {"exclude": ["nowhere"]}, "nowhere"),
         (Attention, {"target_modules": ["q_proj"], "exclude": ["q_proj"]}, "leave no layer"),
-        (Attention, {"target_modules": ["q_proj", "norm"]}, "norm: LayerNorm does not act like nn.Linear"),
+        (Attention, {"target_modules": ["q_proj", "norm"]}, "norm: LayerNorm is no linear layer"),
         (Attention, {"target_modules": ["q_proj", "embed"]}, "embed: Embedding"),
-        (Attention, {"target_modules": ["q_proj", ""]}, "the model contains another target"),
+        (
+            Attention,
+            {"target_modules": ["q_proj", ""]},
+            "the model itself: Attention is no linear layer",
+        ),
         (Attention, {"target_modules": [""]}, "the model itself: Attention"),
         (lambda: nn.Linear(4, 4), {}, "the model itself"),
         (lambda: poisoned(math.nan), {}, "proj: .*not finite"),
         (lambda: poisoned(math.inf), {"weight_norm": None}, "proj: .*not finite"),
-        (lazy, {}, "proj: .*not initialised"),
+        (lazy, {}, "proj: .*uninitialized parameter"),
         (crooked, {}, "proj: .*Tanh is not linear"),
-        (Attention, {"r": 0}, "q_proj: r must be a positive int, got 0"),
+        (Attention, {"r": 0}, "q_proj: r must be .*got 0"),
         (Attention, {"r": -1}, "q_proj: .*-1"),
         (Attention, {"r": True}, "q_proj: .*True"),
         (Attention, {"r": 2.0}, "q_proj: .*2.0"),
@@ -1522,11 +1736,14 @@ def test_an_adapted_layer_is_not_adapted_again():
         with pytest.raises((ValueError, TypeError), match="q_proj"):
             inject(model, targets)
         assert snapshot(model) == before
-    with pytest.raises(TypeError, match="DeLoRALinear .* is adapted already"):
+    with pytest.raises(TypeError, match="DeLoRALinear is adapted already"):
         DeLoRALinear(model.q_proj)
     adapters = inject(model, "all-linear")  # the rest, and nothing inside the adapter that is there
-    assert set(adapters) == {"proj", "first", "second", "head"} and type(model.q_proj.base_layer) is nn.Linear
-    with pytest.raises(ValueError, match="matches none of"):
+    assert (
+        set(adapters) == {"proj", "first", "second", "head"}
+        and type(model.q_proj.base_layer) is nn.Linear
+    )
+    with pytest.raises(ValueError, match="leave no layer"):
         inject(model, "all-linear")
 
 
@@ -1538,8 +1755,23 @@ def test_an_adapted_layer_is_not_adapted_again():
     ("targets", "exclude", "names"),
     [
         (["proj"], (), {"proj"}),
-        (["blocks.1.proj", "q_proj"], (), {"blocks.0.q_proj", "blocks.1.q_proj", "blocks.1.proj", "q_proj"}),
-        (("first",), (), {"first", "second", "blocks.0.first", "blocks.0.second", "blocks.1.first", "blocks.1.second"}),
+        (
+            ["blocks.1.proj", "q_proj"],
+            (),
+            {"blocks.0.q_proj", "blocks.1.q_proj", "blocks.1.proj", "q_proj"},
+        ),
+        (
+            ("first",),
+            (),
+            {
+                "first",
+                "second",
+                "blocks.0.first",
+                "blocks.0.second",
+                "blocks.1.first",
+                "blocks.1.second",
+            },
+        ),
         (r"blocks\.1\..*proj", (), {"blocks.1.q_proj", "blocks.1.proj"}),
         (r"blocks\.1\..*", ["first", "head"], {"blocks.1.q_proj", "blocks.1.proj"}),
         ("all-linear", r"blocks.*", {"q_proj", "proj", "first", "second", "head"}),
@@ -1559,7 +1791,7 @@ def test_names_match_whole_or_at_a_dot_and_expressions_match_whole(targets, excl
     assert set(adapters) == names
     assert all(model.get_submodule(name) is adapter for name, adapter in adapters.items())
     for name, p in model.named_parameters():
-        assert p.requires_grad == name.endswith(("delora_A", "delora_B", "delora_lambda")), name
+        assert p.requires_grad == name.endswith(("delora.A", "delora.B", "delora.lam")), name
 
 
 @ours
@@ -1575,7 +1807,11 @@ class Sealed(nn.Module):
 
     def __init__(self, inner: nn.Linear):
         super().__init__()
-        self.inner, self.in_features, self.out_features = inner, inner.in_features, inner.out_features
+        self.inner, self.in_features, self.out_features = (
+            inner,
+            inner.in_features,
+            inner.out_features,
+        )
 
     def forward(self, x):
         return self.inner(x)
@@ -1584,13 +1820,19 @@ class Sealed(nn.Module):
 @ours
 def test_of_layers_inside_one_another_one_is_adapted():
     """By name the outer one if it is meant; a regular expression and "all-linear" take the inner ones."""
-    for targets, names in ((["proj"], {"proj"}), ("proj.*", {"proj.inner"}), ("all-linear", {"proj.inner", "head"})):
+    for targets, names in (
+        (["proj"], {"proj"}),
+        ("proj.*", {"proj.inner"}),
+        ("all-linear", {"proj.inner", "head"}),
+    ):
         model = nn.ModuleDict({"proj": Sealed(nn.Linear(8, 8)), "head": nn.Linear(8, 2)})
         before = model["proj"](torch.ones(8))
         adapters = inject(model, targets)
         assert set(adapters) == names and same_bits(model["proj"](torch.ones(8)), before)
-        assert not any(p.requires_grad for name, p in model.named_parameters() if "delora_" not in name)
-    with pytest.raises(ValueError, match="matches none of"):
+        assert not any(
+            p.requires_grad for name, p in model.named_parameters() if ".delora." not in name
+        )
+    with pytest.raises(ValueError, match="leave no layer"):
         inject(model, "all-linear")
     model = nn.ModuleDict({"proj": Sealed(nn.Linear(8, 8))})
     with pytest.raises(ValueError, match="proj contains another target"):
@@ -1610,7 +1852,9 @@ def test_a_new_adapter_takes_the_mode_of_its_base_and_leaves_that_alone():
 @ours
 def test_a_name_or_an_attribute_alone_makes_no_transposed_layer():
     base = type("Conv1D", (Sealed,), {})(nn.Linear(3, 5))
-    assert distance(DeLoRALinear(base).weight, base.inner.weight) <= tol(torch.float32, 1, base.inner.weight)
+    assert distance(DeLoRALinear(base).weight, base.inner.weight) <= tol(
+        torch.float32, 1, base.inner.weight
+    )
     base = nn.Linear(3, 5)
     base.nf = 5
     model = nn.Sequential(base)
@@ -1634,7 +1878,9 @@ def test_a_large_bias_does_not_round_a_measured_weight_away(dtype, offset, scale
     adapter = DeLoRALinear(Sealed(linear.to(dtype)))
     size = linear.weight.abs().max().item() + abs(offset) / 1024  # the identity is scaled by 1024
     assert distance(adapter.weight, linear.weight) <= tol(dtype, 1, size)
-    assert (adapter.bias is None) == (offset == 0) and (offset == 0 or same_bits(adapter.bias, linear.bias))
+    assert (adapter.bias is None) == (offset == 0) and (
+        offset == 0 or same_bits(adapter.bias, linear.bias)
+    )
 
 
 @ours
@@ -1645,8 +1891,8 @@ def test_a_layer_of_zeros_is_linear_too():
     nn.init.zeros_(linear.bias)
     for base in (linear, Sealed(linear)):
         layer = DeLoRALinear(base)
-        layer.delora_A.data.normal_()
-        assert layer(torch.randn(2, 4)).count_nonzero() == 0 and layer.norm_bound() == 0
+        layer.delora.A.data.normal_()
+        assert layer(torch.randn(2, 4)).count_nonzero() == 0 and layer.delora.norm_bound() == 0
 
 
 @ours
@@ -1658,10 +1904,12 @@ def test_measuring_leaves_autocast_and_gradients_out():
         layer = DeLoRALinear(base)
         weight = layer.weight
     assert distance(weight, base.inner.weight) <= tol(torch.float32, 1, base.inner.weight)
-    assert distance(layer.delora_w_norm, base.inner.weight.norm(dim=0)) <= tol(torch.float32, 30, layer.delora_w_norm)
+    assert distance(layer.delora.w, base.inner.weight.norm(dim=0)) <= tol(
+        torch.float32, 30, layer.delora.w
+    )
     base.requires_grad_(True)
     layer.weight.sum().backward()
-    assert base.inner.weight.grad is None and layer.delora_A.grad is not None
+    assert base.inner.weight.grad is None and layer.delora.A.grad is not None
 
 
 class Packed(torch.Tensor):
@@ -1697,10 +1945,11 @@ def test_a_weight_that_is_packed_into_a_tensor_subclass_is_measured():
     codes = torch.randint(-64, 65, (4, 6), dtype=torch.int8)
     base.weight = nn.Parameter(Packed(codes), requires_grad=False)
     layer = DeLoRALinear(base)
-    assert layer.delora_quantised.shape == (1,) and not layer.delora_quantised.requires_grad
     assert same_bits(layer(x), base(x))
-    layer.delora_A.data.normal_()
-    assert distance(layer.weight - layer.delta_weight(), codes / 64) <= tol(torch.float32, 2, 1 + layer.norm_bound())
+    layer.delora.A.data.normal_()
+    assert distance(layer.weight - layer.delora.delta_weight(), codes / 64) <= tol(
+        torch.float32, 2, 1 + layer.delora.norm_bound()
+    )
     assert distance(layer.merged()(x), layer(x)) <= tol(torch.float32, 8, layer(x))
 
 
@@ -1739,7 +1988,11 @@ class Repacked(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.in_features, self.out_features, self.packed = linear.in_features, linear.out_features, False
+        self.in_features, self.out_features, self.packed = (
+            linear.in_features,
+            linear.out_features,
+            False,
+        )
         self.register_buffer("codes", linear.weight.detach())
 
     def forward(self, x):
@@ -1761,7 +2014,9 @@ class Codes(nn.Module):
     def __init__(self, n_in, n_out):
         super().__init__()
         self.in_features, self.out_features, self.seen = n_in, n_out, set()
-        self.codes = nn.Parameter(torch.randint(-64, 65, (n_out, n_in), dtype=torch.int8), requires_grad=False)
+        self.codes = nn.Parameter(
+            torch.randint(-64, 65, (n_out, n_in), dtype=torch.int8), requires_grad=False
+        )
 
     def forward(self, x):
         self.seen.add(x.dtype)
@@ -1770,24 +2025,25 @@ class Codes(nn.Module):
 
 @ours
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_quantised_layer_is_measured_and_merged_in_the_dtype_of_its_model(dtype):
-    """It does not know in which dtype it is called, and the adapters of other layers do not tell: its model does."""
+def test_a_quantised_layer_without_a_float_is_measured_and_merged_in_torch_s_default_dtype(dtype):
+    """It does not say in which dtype it is called. A merged one can be cast."""
     torch.manual_seed(0)
-    model, x = nn.Sequential(Codes(6, 6), nn.Linear(6, 6), Codes(6, 4)).to(dtype), torch.randn(2, 6, dtype=dtype)
-    inject(model, ["1"])
+    model, x = (
+        nn.Sequential(Codes(6, 6), nn.Linear(6, 6), Codes(6, 4)).to(dtype),
+        torch.randn(2, 6, dtype=dtype),
+    )
     adapter, base = inject(model, ["0", "2"], r=2)["2"], model[2].base_layer
-    assert base.seen == {dtype} and adapter.delora_A.dtype == torch.promote_types(dtype, torch.float32)
-    adapter.delora_A.data.normal_()
+    assert base.seen == {torch.float32} and adapter.delora.A.dtype == torch.float32
+    adapter.delora.A.data.normal_()
     adapted = model(x)
-    assert adapter.weight.dtype == dtype and adapter.bias is None
+    assert adapted.dtype == dtype and adapter.weight.dtype == torch.float32 and adapter.bias is None
     taken = merge(model)
-    assert {p.dtype for p in model.parameters()} == {dtype}
-    assert distance(model(x), adapted) <= tol(dtype, 3 * 6, adapted) + tol(dtype, 6, adapter.norm_bound())
+    narrow = dtype if dtype != torch.float64 else torch.float32  # in which it was measured
+    assert distance(model.to(dtype)(x), adapted) <= tol(
+        narrow, 3 * 6, adapted.abs().max().item() + 6
+    )
     unmerge(model, taken)
-    model.to(torch.bfloat16)  # what it is cast to later counts too
-    assert adapter.weight.dtype == torch.bfloat16
-    assert DeLoRALinear(base).weight.dtype == torch.float32
-    assert DeLoRALinear(base, dtype=torch.float16).merged().weight.dtype == torch.float16
+    assert same_bits(model(x), adapted)
 
 
 @ours
@@ -1836,13 +2092,15 @@ def test_a_layer_that_drops_at_random_is_not_linear_where_its_precision_is_known
 def test_names_that_look_like_ours_are_the_users_own():
     """A model may have a module called base_layer: nothing is mistaken for an adapter's."""
     torch.manual_seed(0)
-    pretrained = nn.ModuleDict({"base_layer": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "fc": nn.Linear(4, 4)})
+    pretrained = nn.ModuleDict(
+        {"base_layer": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "fc": nn.Linear(4, 4)}
+    )
     model = copy.deepcopy(pretrained)
     inject(model, ["base_layer.fc"])
     assert not model["fc"].weight.requires_grad
     inject(model, "fc")
     for adapter in (model["fc"], model["base_layer"]["fc"]):
-        adapter.delora_A.data.normal_()
+        adapter.delora.A.data.normal_()
     fresh = copy.deepcopy(pretrained)
     load_adapter(fresh, through_a_file(adapter_state_dict(model)))
     x = torch.ones(4)
@@ -1865,16 +2123,16 @@ def test_the_defaults_are_those_of_the_paper_and_its_code():
     """r = 8, λ = 15, column norms, tied, no dropout."""
     base = nn.Linear(8, 8)
     for layer in (DeLoRALinear(base), inject(Attention(), ["q_proj"])["q_proj"]):
-        assert layer.delora_A.shape == (8, 8) and layer.delora_lambda.tolist() == [15.0]
-        assert layer.delora_lambda0 is None and layer.dropout.p == 0
+        assert layer.delora.A.shape == (8, 8) and layer.delora.lam.tolist() == [15.0]
+        assert layer.delora.lam0 is None and layer.dropout.p == 0
         wanted = layer.base_layer.weight.norm(dim=0)
-        assert distance(layer.delora_w_norm, wanted) <= tol(torch.float32, 8, wanted)
+        assert distance(layer.delora.w, wanted) <= tol(torch.float32, 8, wanted)
 
 
 @ours
 def test_the_range_of_lambda_is_closed_below_and_open_above():
     for value in (1e-30, 1, 9e29):
-        assert DeLoRALinear(nn.Linear(2, 2).double(), lambda_init=value).delora_lambda.item() == value
+        assert DeLoRALinear(nn.Linear(2, 2).double(), lambda_init=value).delora.lam.item() == value
     with pytest.raises(ValueError, match=r"got 1e\+30"):
         DeLoRALinear(nn.Linear(2, 2), lambda_init=1e30)
 
@@ -1884,10 +2142,14 @@ def test_the_components_start_uniform_as_the_authors_draw_them():
     """A ~ U(−1/√in, 1/√in), B ~ U(−1/√r, 1/√r): variance 1 / (3 fan_in)."""
     torch.manual_seed(0)
     layer = DeLoRALinear(nn.Linear(400, 300), 100)
-    for p, fan_in in ((layer.delora_A, 400), (layer.delora_B, 100)):
+    for p, fan_in in ((layer.delora.A, 400), (layer.delora.B, 100)):
         edge, n = fan_in**-0.5, p.numel()
-        assert 0.99 * edge < p.abs().max().item() <= edge * (1 + tol(torch.float32, 1))  # 300 and more lie out there
-        assert abs(p.mean().item()) < 5 * edge / (3 * n) ** 0.5  # five standard deviations of a mean of n
+        assert (
+            0.99 * edge < p.abs().max().item() <= edge * (1 + tol(torch.float32, 1))
+        )  # 300 and more lie out there
+        assert (
+            abs(p.mean().item()) < 5 * edge / (3 * n) ** 0.5
+        )  # five standard deviations of a mean of n
         assert abs(p.square().mean().item() - edge**2 / 3) < 5 * edge**2 * (4 / 45 / n) ** 0.5
 
 
@@ -1909,14 +2171,18 @@ def test_a_model_on_the_meta_device_is_adapted_there_and_filled_later():
 def test_a_second_injection_adds_and_leaves_the_first_as_it_was():
     model = Attention()
     first = inject(model, ["q_proj"], r=2, lambda_init=4.0)["q_proj"]
-    first.delora_lambda.requires_grad_(False)
+    first.delora.lam.requires_grad_(False)
     model.eval()
     second = inject(model, ["proj"], r=5)["proj"]
-    assert model.q_proj is first and first.delora_A.requires_grad and not first.delora_lambda.requires_grad
-    assert second.delora_A.shape == (5, 8) and not second.training and second.delora_B.requires_grad
-    assert second.delora_A.dtype == torch.float32
-    assert DeLoRALinear(nn.Linear(2, 2).double()).delora_A.dtype == torch.float64
-    assert DeLoRALinear(nn.Linear(2, 2).half()).delora_B.dtype == torch.float32
+    assert (
+        model.q_proj is first
+        and first.delora.A.requires_grad
+        and not first.delora.lam.requires_grad
+    )
+    assert second.delora.A.shape == (5, 8) and not second.training and second.delora.B.requires_grad
+    assert second.delora.A.dtype == torch.float32
+    assert DeLoRALinear(nn.Linear(2, 2).double()).delora.A.dtype == torch.float64
+    assert DeLoRALinear(nn.Linear(2, 2).half()).delora.B.dtype == torch.float32
 
 
 class Conv1D(nn.Module):
@@ -1925,7 +2191,10 @@ class Conv1D(nn.Module):
     def __init__(self, n_in, n_out):
         super().__init__()
         self.nf = n_out
-        self.weight, self.bias = nn.Parameter(torch.randn(n_in, n_out)), nn.Parameter(torch.randn(n_out))
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(n_in, n_out)),
+            nn.Parameter(torch.randn(n_out)),
+        )
 
     def forward(self, x):
         return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.nf)
@@ -1951,7 +2220,9 @@ class Int8Linear(nn.Module):
 
 
 @ours
-@pytest.mark.parametrize("kind", ("conv1d", "int8", "int8 without bias", "int8, wider than a block"))
+@pytest.mark.parametrize(
+    "kind", ("conv1d", "int8", "int8 without bias", "int8, wider than a block")
+)
 def test_layers_that_act_like_linear_are_adapted_and_merged(kind):
     torch.manual_seed(0)
     wide = 700 if "wider" in kind else 12
@@ -1966,14 +2237,12 @@ def test_layers_that_act_like_linear_are_adapted_and_merged(kind):
     before = model(x)
     adapter = inject(model, "all-linear", r=2)["0"]
     assert same_bits(model(x), before)
-    if kind == "conv1d":  # read, not measured: there is no rounding
-        assert same_bits(adapter.weight, weight.contiguous()) and adapter.bias is bias
     rounding = tol(torch.float32, 1, weight) + tol(torch.float32, 1, 0 if bias is None else bias)
     assert distance(adapter.weight, weight) <= rounding
     assert (adapter.bias is None) == (bias is None)
-    assert distance(adapter.delora_w_norm, weight.norm(dim=0)) <= rounding * wide**0.5
+    assert distance(adapter.delora.w, weight.norm(dim=0)) <= rounding * wide**0.5
     with torch.no_grad():
-        adapter.delora_A.normal_()
+        adapter.delora.A.normal_()
     adapted = model(x)
     taken = merge(model)
     assert type(model[0]) is nn.Linear and model[0].weight.is_contiguous()
@@ -1986,12 +2255,19 @@ def test_layers_that_act_like_linear_are_adapted_and_merged(kind):
 def test_the_forward_pass_never_builds_the_update():
     """Forward and backward make no more tensors of W's size than the base layer alone; of x's size, none is kept."""
     n, tokens = 256, 64
-    layer, x = DeLoRALinear(nn.Linear(n, n, bias=False), 4), torch.randn(tokens, n, requires_grad=True)
+    layer, x = (
+        DeLoRALinear(nn.Linear(n, n, bias=False), 4),
+        torch.randn(tokens, n, requires_grad=True),
+    )
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))
+            sizes.extend(
+                t.numel()
+                for t in (out if isinstance(out, (tuple, list)) else [out])
+                if torch.is_tensor(t)
+            )
             return out
 
     of_the_size_of_w = []
@@ -2003,10 +2279,14 @@ def test_the_forward_pass_never_builds_the_update():
     assert of_the_size_of_w[1] == of_the_size_of_w[0] > 0
 
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t
+    ):
         y = layer(x)
     known = {t.data_ptr() for t in (x, *layer.parameters())}
-    kept_for_the_adapter = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
+    kept_for_the_adapter = sum(
+        t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known
+    )
     assert y.requires_grad and 0 < kept_for_the_adapter < x.nbytes
 
 
@@ -2014,12 +2294,18 @@ def test_the_forward_pass_never_builds_the_update():
 def test_the_update_costs_one_array_of_the_size_of_the_output():
     """A product and a sum would make two, and read and write the output once more."""
     tokens, n_in, n_out = 32, 16, 48
-    layer, x, made = DeLoRALinear(nn.Linear(n_in, n_out), 2), torch.randn(4, tokens // 4, n_in, requires_grad=True), []
+    layer, x, made = (
+        DeLoRALinear(nn.Linear(n_in, n_out), 2),
+        torch.randn(4, tokens // 4, n_in, requires_grad=True),
+        [],
+    )
 
     class Made(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            made.extend(t for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))
+            made.extend(
+                t for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t)
+            )
             return out
 
     arrays = []
@@ -2027,7 +2313,9 @@ def test_the_update_costs_one_array_of_the_size_of_the_output():
         made.clear()
         with Made():
             layer(x)
-        arrays.append(len({t.untyped_storage().data_ptr() for t in made if t.numel() == tokens * n_out}))
+        arrays.append(
+            len({t.untyped_storage().data_ptr() for t in made if t.numel() == tokens * n_out})
+        )
     assert arrays == [1, 2]
 
 
@@ -2035,10 +2323,12 @@ def test_the_update_costs_one_array_of_the_size_of_the_output():
 def test_the_output_of_the_base_layer_is_left_as_it_is():
     """Hooks keep it, and a selective checkpoint does: whatever is added to it in place they would see, or refuse."""
     layer, x = DeLoRALinear(nn.Linear(6, 5), 2), torch.randn(3, 6, requires_grad=True)
-    layer.delora_A.data.normal_()
+    layer.delora.A.data.normal_()
     kept, gradients, wanted = [], [], layer.base_layer(x)
     layer.base_layer.register_forward_hook(lambda module, inputs, y: kept.append(y))
-    layer.base_layer.register_full_backward_hook(lambda module, to_x, to_y: gradients.append(to_y[0]))
+    layer.base_layer.register_full_backward_hook(
+        lambda module, to_x, to_y: gradients.append(to_y[0])
+    )
     y = layer(x)
     y.sum().backward()
     assert same_bits(kept[0], wanted) and not torch.equal(y, wanted)
@@ -2069,8 +2359,10 @@ def test_a_base_layer_that_is_wider_than_autocast_is_not_rounded():
 def test_column_norms_are_right_whatever_the_number_of_rows(n_out, dtype):
     torch.manual_seed(n_out)
     base = nn.Linear(7, n_out, dtype=torch.float64).to(dtype)
-    wanted = torch.stack([base.weight.double()[:, j].square().sum().sqrt() for j in range(7)])  # (in,)
-    norms = DeLoRALinear(base, 2).delora_w_norm
+    wanted = torch.stack(
+        [base.weight.double()[:, j].square().sum().sqrt() for j in range(7)]
+    )  # (in,)
+    norms = DeLoRALinear(base, 2).delora.w
     assert norms.dtype == torch.promote_types(dtype, torch.float32)
     assert distance(norms, wanted) <= tol(norms.dtype, n_out, wanted)
 
@@ -2079,7 +2371,476 @@ def test_column_norms_are_right_whatever_the_number_of_rows(n_out, dtype):
 def test_shapes_can_be_had_on_the_meta_device():
     layer = DeLoRALinear(nn.Linear(6, 5, device="meta"), 2)
     assert layer(torch.empty(3, 6, device="meta")).shape == (3, 5)
-    assert layer.delta_weight().shape == layer.weight.shape == layer.merged().weight.shape == (5, 6)
+    assert (
+        layer.delora.delta_weight().shape
+        == layer.weight.shape
+        == layer.merged().weight.shape
+        == (5, 6)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ faults of real models
+
+
+def offloaded(model: nn.Module, name: str) -> nn.Module:
+    """As accelerate leaves a layer whose weight is on a disk: on the meta device, with a forward that fetches it."""
+    layer = model.get_submodule(name)
+    weight, bias = (
+        layer.weight.detach().clone(),
+        None if layer.bias is None else layer.bias.detach().clone(),
+    )
+    layer.to("meta")
+    layer.forward = lambda x: F.linear(x, weight, bias)
+    return model
+
+
+@ours
+@pytest.mark.parametrize("replaced", (True, False))
+def test_a_layer_whose_weight_is_not_here_is_refused_by_name(replaced):
+    """Seen: an adapter built on the meta device, with outputs out of uninitialised memory, other ones each time."""
+    torch.manual_seed(0)
+    source = Attention()
+    inject(source, ["proj", "q_proj"], r=2)
+    state = adapter_state_dict(source)
+    model = offloaded(Attention(), "proj") if replaced else Attention()
+    model.proj.to("meta")
+    for call in (
+        lambda: inject(model, "all-linear"),
+        lambda: inject(model, ["q_proj", "proj"], r=2),
+    ):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="^proj.* on the meta device, without values"):
+            call()
+        assert snapshot(model) == before
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="^proj.* on the meta device, without values"):
+        load_adapter(model, state)
+    assert snapshot(model) == before
+    assert set(inject(model, "all-linear", exclude=["proj"])) == {
+        "q_proj",
+        "first",
+        "second",
+        "head",
+    }
+
+
+@ours
+def test_an_adapter_whose_values_are_gone_is_not_saved_merged_or_loaded_into():
+    """Seen: a checkpoint full of meta tensors, which torch.save takes: the training is lost."""
+    model = Attention()
+    inject(model, ["proj", "q_proj"], r=2)
+    state = adapter_state_dict(model)
+    gone = copy.deepcopy(model)
+    gone.proj.delora.to("meta")
+    without_w = copy.deepcopy(model)
+    without_w.proj.base_layer.to("meta")
+    for broken, call, message in (
+        (gone, adapter_state_dict, r"^proj\.delora\.A is on the meta device"),
+        (gone, merge, "^proj is on the meta device"),
+        (gone, lambda m: load_adapter(m, state), r"^proj\.delora\.A is on the meta device"),
+        (without_w, merge, "^proj is on the meta device"),
+    ):
+        before = snapshot(broken)
+        with pytest.raises(ValueError, match=message):
+            call(broken)
+        assert snapshot(broken) == before
+    whole = Attention().to("meta")
+    with pytest.raises(ValueError, match="meta device"):  # its values would be lost without a word
+        load_adapter(whole, state)
+
+
+@ours
+@pytest.mark.filterwarnings("ignore::FutureWarning:torch")
+@pytest.mark.parametrize(
+    "kind", ("weight_norm", "spectral_norm", "prune", "parametrized", "pruned bias")
+)
+def test_a_weight_that_a_hook_computes_is_measured_right_at_once(kind):
+    """After load_state_dict and before any forward, `layer.weight` is still that of the weights from before."""
+    make = {
+        "weight_norm": nn.utils.weight_norm,
+        "spectral_norm": nn.utils.spectral_norm,
+        "prune": lambda layer: nn.utils.prune.random_unstructured(layer, "weight", 0.4),
+        "pruned bias": lambda layer: nn.utils.prune.random_unstructured(layer, "bias", 0.4),
+        "parametrized": nn.utils.parametrizations.weight_norm,
+    }[kind]
+    torch.manual_seed(0)
+    layer, other = make(nn.Linear(6, 4)).eval(), make(nn.Linear(6, 4)).eval()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(3.0)
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(5, 6)
+    adapter = DeLoRALinear(layer, 2)
+    wanted, bias = (
+        (other(torch.eye(6)) - other(torch.zeros(6))).T.detach(),
+        other(torch.zeros(6)).detach(),
+    )
+    rounding = tol(torch.float32, 6, wanted.abs().max().item() + bias.abs().max().item())
+    assert distance(adapter.weight, wanted) <= rounding and distance(adapter.bias, bias) <= rounding
+    assert distance(adapter.delora.w, wanted.norm(dim=0)) <= 3 * rounding
+    adapter.delora.A.data.normal_()
+    assert (
+        distance(adapter.merged()(x), adapter(x))
+        <= tol(torch.float32, 16, adapter(x)) + 4 * rounding
+    )
+
+
+@ours
+def test_sizes_and_ranks_may_be_any_integers():
+    """As code that computes them with numpy passes them: np.int64 is no int."""
+    np = pytest.importorskip("numpy")
+    model = nn.Sequential(nn.Linear(np.prod((2, 3)), np.int64(4)), nn.Linear(4, np.int32(2)))
+    assert set(inject(model, "all-linear", r=np.int64(2), lambda_init=np.float32(3))) == {"0", "1"}
+    assert model[0].delora.A.shape == (2, 6) and model[0].delora.lam.item() == 3
+    unmerge(model, merge(model))
+    for r in (np.float64(2), np.bool_(True), np.int64(0)):
+        with pytest.raises(ValueError, match="r must be"):
+            DeLoRALinear(nn.Linear(2, 2), r)
+
+
+@ours
+def test_the_first_parameters_are_still_the_model_s():
+    """Code asks next(model.parameters()).dtype for the dtype of a model; adapters are float32."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).bfloat16()
+    before = [id(p) for p in model.parameters()]
+    inject(model, ["0"])
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert [id(p) for p in model[0].parameters()][:2] == before[:2]
+    attention = nn.MultiheadAttention(4, 2, dtype=torch.bfloat16)
+    nn.utils.parametrize.register_parametrization(
+        attention, "in_proj_weight", DeLoRA(attention.in_proj_weight)
+    )
+    assert next(attention.parameters()).dtype == torch.bfloat16
+
+
+@ours
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_adapters_in_16_bits_are_warned_of(dtype):
+    """λ = 15 in bfloat16 is 1/16 from its neighbours: steps of 1e-2 change nothing."""
+    model = Attention()
+    inject(model, ["q_proj"])
+    param_groups(model, 1e-2)  # no word: any warning is an error here
+    model.to(dtype)
+    with pytest.warns(UserWarning, match="cast first, then inject"):
+        param_groups(model, 1e-2)
+    model = Attention().to(dtype)
+    inject(model, ["q_proj"])
+    param_groups(model, 1e-2)
+
+
+@ours
+def test_loading_freezes_all_but_the_adapters_whatever_the_file_holds():
+    """As Hugging Face's Trainer saves: the whole state_dict of the model, buffers too."""
+    torch.manual_seed(0)
+
+    class Normed(Attention):
+        def __init__(self):
+            super().__init__()
+            self.batch_norm = nn.BatchNorm1d(8)
+            self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+
+    pretrained = Normed()
+    model = copy.deepcopy(pretrained)
+    inject(model, ["q_proj", "second"], r=2)
+    model.norm.requires_grad_(True)
+    trained(model)
+    model.batch_norm.running_mean.fill_(3.0)
+    model.batch_norm.num_batches_tracked.fill_(7)
+    for state in (model.state_dict(), adapter_state_dict(model)):
+        for fresh in (copy.deepcopy(pretrained), copy.deepcopy(model)):
+            load_adapter(fresh, state)
+            names = {name for name, p in fresh.named_parameters() if p.requires_grad}
+            assert names == {
+                f"{name}.delora.{leaf}"
+                for name in ("q_proj", "first")
+                for leaf in ("A", "B", "lam")
+            }
+            assert same_bits(fresh(TOKENS), model(TOKENS))
+            others, strengths = param_groups(fresh, 1e-2)
+            assert len(others["params"]) == 4 and len(strengths["params"]) == 2
+    load_adapter(pretrained, model.state_dict())
+    assert all(
+        same_bits(value, model.state_dict()[key]) for key, value in pretrained.state_dict().items()
+    )
+
+
+@ours
+@pytest.mark.parametrize("mode", ("column", "frobenius"))
+def test_an_adapter_of_another_base_is_warned_of(mode):
+    """Its w says what W was: another model, weights that were loaded afterwards, or an update that is applied twice."""
+    torch.manual_seed(0)
+    pretrained = Attention()
+    model = copy.deepcopy(pretrained)
+    inject(model, ["q_proj", "proj"], r=2, weight_norm=mode)
+    state = adapter_state_dict(trained(model))
+    load_adapter(copy.deepcopy(pretrained), state)  # no word
+    load_adapter(copy.deepcopy(pretrained).bfloat16(), state)
+    load_adapter(model, state)
+
+    other = copy.deepcopy(pretrained)
+    other.proj.weight.data[:, 3] *= 1.2
+    other.proj.weight.data *= 1 if mode == "column" else 1.2
+    with pytest.warns(
+        UserWarning, match=r"^proj: w has norm [\d.]+ in the checkpoint, [\d.]+ here"
+    ) as seen:
+        load_adapter(other, state)
+    assert len(seen) == 1
+
+    late = copy.deepcopy(pretrained)
+    for p in late.parameters():
+        p.data *= 0.1
+    inject(late, ["q_proj", "proj"], r=2, weight_norm=mode)
+    real = {
+        k.replace("q_proj.", "q_proj.base_layer."): v for k, v in pretrained.state_dict().items()
+    }
+    late.load_state_dict(
+        {k.replace("proj.w", "proj.base_layer.w"): v for k, v in real.items()}, strict=False
+    )
+    late.proj.base_layer.weight.data.copy_(pretrained.proj.weight)
+    with pytest.warns(UserWarning, match="weights were loaded or merged after it was made") as seen:
+        load_adapter(copy.deepcopy(pretrained), adapter_state_dict(late))
+    assert {str(w.message).partition(":")[0] for w in seen} == {"q_proj", "proj"}
+
+    model.proj.delora.A.data.neg_()
+    state = adapter_state_dict(model)
+    merge(model)
+    with pytest.warns(UserWarning, match="^(q_)?proj: w has norm"):
+        load_adapter(model, state)
+
+
+@ours
+def test_without_weight_norm_there_is_nothing_to_compare_and_codes_may_be_further_off():
+    torch.manual_seed(0)
+    pretrained = Attention()
+    model = copy.deepcopy(pretrained)
+    inject(model, ["q_proj"], r=2, weight_norm=None)
+    state = adapter_state_dict(model)
+    pretrained.q_proj.weight.data *= 3
+    adapter = load_adapter(pretrained, state)["q_proj"]  # no word
+    assert adapter.delora.w.tolist() == [1.0] * 8 and adapter.delora.weight_norm is None
+
+    for scale, said in ((1.1, False), (1.3, True)):
+        model, codes = Attention(), Attention()
+        codes.load_state_dict(model.state_dict())
+        codes.proj.weight.data *= scale
+        codes.proj = Int8Linear(codes.proj)
+        inject(model, ["proj"], r=2)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            load_adapter(codes, adapter_state_dict(model))
+        assert len(seen) == said
+
+
+@ours
+@pytest.mark.parametrize("mode", ("column", "frobenius"))
+def test_a_weight_of_zeros_is_warned_of_and_learns_without_w(mode):
+    """A residual branch that starts at zero: with w = 0 it stays there, whatever the optimiser does."""
+    torch.manual_seed(0)
+    model = Attention()
+    nn.init.zeros_(model.proj.weight)
+    with pytest.warns(UserWarning, match="^proj: W is zero.*weight_norm=None") as seen:
+        inject(model, ["q_proj", "proj"], r=2, weight_norm=mode)
+    assert len(seen) == 1
+    model = Attention()
+    nn.init.zeros_(model.proj.weight)
+    inject(model, ["q_proj", "proj"], r=2, weight_norm=None)  # no word
+    trained(model)
+    assert model.proj.delora.delta_weight().count_nonzero()
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Picky(nn.Linear):
+    def forward(self, x):
+        return [][len(x)]
+
+
+@ours
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Router(8, 8), "^proj: Router is not linear: it returns a tuple"),
+        (
+            lambda: nn.Linear(8, 8, dtype=torch.complex64),
+            r"^proj: torch.complex64, \(8, 8\) is no matrix",
+        ),
+        (lambda: Picky(8, 8), "^proj: list index out of range"),
+        (lambda: nn.Linear(0, 8), r"^proj: torch.float32, \(8, 0\) is no matrix"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_what_cannot_be_adapted_is_refused_by_name(make, message):
+    model = Attention()
+    model.proj = make()
+    before = snapshot(model)
+    with pytest.raises((TypeError, ValueError, IndexError), match=message):
+        inject(model, "all-linear")
+    assert snapshot(model) == before
+    inject(model, "all-linear", exclude=["proj"])
+
+
+@ours
+def test_a_model_without_a_linear_layer_is_told_what_it_asked_for():
+    for model in (nn.Sequential(nn.Conv2d(1, 1, 1)), nn.ReLU()):
+        with pytest.raises(
+            ValueError, match="target_modules='all-linear', exclude=.. leave no layer"
+        ):
+            inject(model, "all-linear")
+
+
+@ours
+def test_a_weight_under_an_adapter_that_is_trainable_is_refused_by_name():
+    """Seen: `model.head.requires_grad_(True)`, as for a new head, after "all-linear": W moved beside ΔW."""
+    model = Attention()
+    inject(model, "all-linear")
+    model.norm.requires_grad_(True)
+    model.first.base_layer.bias.requires_grad_(True)  # that is no weight
+    param_groups(model, 1e-2)
+    for change in (
+        lambda m: m.head.requires_grad_(True),
+        lambda m: m.embed.requires_grad_(True),
+    ):  # they are tied
+        changed = copy.deepcopy(model)
+        change(changed)
+        with pytest.raises(
+            ValueError, match=r"^head: base_layer.weight is trainable.*exclude=\['head'\]"
+        ):
+            param_groups(changed, 1e-2)
+    with pytest.raises(ValueError, match="is trainable, and W would move beside ΔW"):
+        param_groups(model.requires_grad_(True), 1e-2)
+    attention = nn.MultiheadAttention(4, 2)
+    nn.utils.parametrize.register_parametrization(
+        attention, "in_proj_weight", DeLoRA(attention.in_proj_weight)
+    )
+    with pytest.raises(ValueError, match="^parametrizations.in_proj_weight: original is trainable"):
+        param_groups(attention, 1e-2)
+
+
+@ours
+def test_merging_a_narrow_layer_takes_at_most_four_times_its_weight_for_a_moment(tmp_path):
+    """A second process, whose largest memory is looked at; a few MiB are torch's own."""
+    code = """
+import resource, sys, torch, delora
+from pathlib import Path
+n = 8192
+model = torch.nn.Sequential(torch.nn.Linear(n, n, bias=False, dtype=torch.bfloat16))
+delora.inject(model, ["0"], r=4)
+delora.merge(torch.nn.Sequential(delora.DeLoRALinear(torch.nn.Linear(64, 64, dtype=torch.bfloat16))))  # loads kernels
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() if Path("/proc").exists() else peak()
+delora.merge(model)
+print((peak() - now) / model[0].weight.nbytes)
+"""
+    pytest.importorskip("resource")
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(delora.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert 1 < float(run.stdout) < 4.2, run.stdout
+
+
+# ------------------------------------------------------------------------------------------------ parametrizations
+
+
+class Zoo(nn.Module):
+    """An embedding, a convolution and the packed projection of an attention: weights that no layer can be put around."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(16, 8), nn.Conv1d(8, 8, 3, padding=1)
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 16)
+
+    def forward(self, tokens):
+        x = self.conv(self.embed(tokens).transpose(1, 2)).transpose(1, 2)
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def parametrized(model: Zoo, **options) -> Zoo:
+    model.requires_grad_(False)
+    for name, leaf in (("embed", "weight"), ("conv", "weight"), ("attention", "in_proj_weight")):
+        module = model.get_submodule(name)
+        delora = DeLoRA(getattr(module, leaf), r=2, **options)
+        nn.utils.parametrize.register_parametrization(module, leaf, delora)
+    return model
+
+
+@ours
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("tied", (True, False))
+def test_any_weight_is_adapted_by_a_parametrization(tied, dtype):
+    """P1, P2, P8 and P10 where DeLoRA computes the weight of a module: start, bound, checkpoint, merge."""
+    torch.manual_seed(0)
+    pretrained = Zoo().to(dtype)
+    model, start = copy.deepcopy(pretrained), pretrained(TOKENS)
+    parametrized(model, tie_lambda=tied)
+    assert same_bits(model(TOKENS), start)
+    inject(model, ["head"], r=3)
+    optimizer = torch.optim.AdamW(param_groups(model, 0.05))
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(TOKENS).flatten(0, 1).float(), TOKENS.flatten().flip(0)).backward()
+        optimizer.step()
+    deloras = [m for m in model.modules() if isinstance(m, DeLoRA)]
+    assert len(deloras) == 4 and all(
+        m.A.grad.count_nonzero() and m.lam.item() != 15 for m in deloras
+    )
+    for delora in deloras:
+        bound = delora.norm_bound()
+        assert max(norms(delora.delta_weight())) <= bound + tol(torch.float32, 16 + 24 + 4, bound)
+    assert model.conv.weight.shape == (8, 8, 3) and model.conv.weight.dtype == dtype
+
+    state = through_a_file(adapter_state_dict(model))
+    names = {"embed.parametrizations.weight.0", "conv.parametrizations.weight.0", "head.delora"}
+    assert {key.rpartition(".")[0] for key in state} == names | {
+        "attention.parametrizations.in_proj_weight.0"
+    }
+    fresh = copy.deepcopy(pretrained)
+    with pytest.raises(ValueError, match="a parametrization is registered before loading"):
+        load_adapter(fresh, state)
+    assert set(load_adapter(parametrized(fresh, tie_lambda=tied), state)) == {"head"}
+    assert same_bits(fresh(TOKENS), model(TOKENS))
+
+    adapted = model(TOKENS)
+    merge(model)
+    for name, leaf in (("embed", "weight"), ("conv", "weight"), ("attention", "in_proj_weight")):
+        nn.utils.parametrize.remove_parametrizations(
+            model.get_submodule(name), leaf, leave_parametrized=True
+        )
+    assert not any(isinstance(m, (DeLoRA, DeLoRALinear)) for m in model.modules())
+    assert type(model.conv) is nn.Conv1d and model.conv.weight.dtype == dtype
+    assert distance(model(TOKENS), adapted) <= tol(dtype, 8, adapted)
+
+
+@ours
+def test_a_linear_layer_that_is_adapted_by_a_parametrization_is_not_adapted_again():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", DeLoRA(model[0].weight))
+    with pytest.raises(TypeError, match="^0: ParametrizedLinear is adapted already"):
+        inject(model, ["0"])
+    assert set(inject(model, "all-linear")) == {"1"}
+    for call in (merge, lambda m: disabled(m).__enter__()):
+        with pytest.raises(ValueError, match="there is no DeLoRA here"):
+            call(nn.Sequential(model[0]))
+
+
+@ours
+@pytest.mark.parametrize("mode", MODES)
+def test_print_shows_rank_strength_and_mode(mode):
+    model = Attention()
+    inject(model, ["q_proj"], r=3, lambda_init=4.5, weight_norm=mode, tie_lambda=False)
+    assert f"(delora): DeLoRA(r=3, lam=tensor([4.5000]), w={mode}, tied=False)" in str(model)
+    fresh = Attention()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # another base: only what is printed is looked at
+        load_adapter(fresh, adapter_state_dict(model))
+    assert f"w={mode}, tied=False" in str(fresh)
+    assert "r=3" in str(model.to("meta"))
 
 
 # ------------------------------------------------------------------------------------------------ param_groups
@@ -2091,25 +2852,35 @@ def test_lambda_has_its_own_learning_rate_and_no_weight_decay():
     adapters = inject(model, ["q_proj", "first"])
     model.norm.requires_grad_(True)
     rest, strengths = param_groups(model, 1e-2, lambda_lr=0.0, weight_decay=0.1)
-    assert (rest["lr"], rest["weight_decay"], strengths["lr"], strengths["weight_decay"]) == (1e-2, 0.1, 0.0, 0.0)
-    assert {id(p) for p in strengths["params"]} == {id(a.delora_lambda) for a in adapters.values()}
+    assert (rest["lr"], rest["weight_decay"], strengths["lr"], strengths["weight_decay"]) == (
+        1e-2,
+        0.1,
+        0.0,
+        0.0,
+    )
+    assert {id(p) for p in strengths["params"]} == {id(a.delora.lam) for a in adapters.values()}
     everything = [id(p) for p in rest["params"] + strengths["params"]]
     assert sorted(everything) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    adapters["first"].delora_lambda.requires_grad_(False)
+    adapters["first"].delora.lam.requires_grad_(False)
     rest, strengths = param_groups(model, 1e-2)
     assert rest["weight_decay"] == 0.0 and strengths["lr"] == 1e-2
-    assert [id(p) for p in strengths["params"]] == [id(adapters["q_proj"].delora_lambda)]
+    assert [id(p) for p in strengths["params"]] == [id(adapters["q_proj"].delora.lam)]
 
 
 @ours
 def test_what_needs_adapters_says_so_when_there_are_none():
-    for call in (merge, adapter_state_dict, lambda m: param_groups(m, 1e-3), lambda m: disabled(m).__enter__()):
-        with pytest.raises(ValueError, match="Attention has no DeLoRALinear"):
+    for call in (
+        merge,
+        adapter_state_dict,
+        lambda m: param_groups(m, 1e-3),
+        lambda m: disabled(m).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="there is no DeLoRA here"):
             call(Attention())
 
 
 @ours
 def test_the_public_names_are_those_of_the_module():
-    assert delora.__all__ == ["DeLoRALinear", "inject", "merge", "unmerge", "disabled", "param_groups",
+    assert delora.__all__ == ["DeLoRA", "DeLoRALinear", "inject", "merge", "unmerge", "disabled", "param_groups",
                               "adapter_state_dict", "load_adapter"]  # fmt: skip
     assert all(getattr(delora, name).__doc__ for name in delora.__all__)

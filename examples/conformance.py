@@ -30,7 +30,9 @@ import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy, which is not needed
+warnings.filterwarnings(
+    "ignore", message="Failed to initialize NumPy"
+)  # torch without numpy, which is not needed
 
 import torch
 from torch import nn
@@ -82,14 +84,18 @@ class LoRALayer(nn.Module):
         super().__init__()
         self.W, self.b = weight, bias  # (out, in), (out,)
         like = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
-        self.A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, weight.shape[1], **like), a=5**0.5))  # (r, in)
+        self.A = nn.Parameter(
+            nn.init.kaiming_uniform_(torch.empty(r, weight.shape[1], **like), a=5**0.5)
+        )  # (r, in)
         self.B = nn.Parameter(torch.zeros(weight.shape[0], r, **like))  # (out, r)
         self.alpha = nn.Parameter(torch.full((1,), float(alpha), **like))  # (1,)
 
     def forward(self, x):
         h = F.linear(x, self.A.to(x.dtype))  # (..., r)
         y = F.linear(x, self.W, self.b)  # (..., out)
-        return y + (self.alpha / len(self.A)).to(y.dtype) * F.linear(h, self.B.to(h.dtype)).to(y.dtype)
+        return y + (self.alpha / len(self.A)).to(y.dtype) * F.linear(h, self.B.to(h.dtype)).to(
+            y.dtype
+        )
 
 
 class PlainLoRA:
@@ -118,7 +124,15 @@ def outcomes(subject: str, quick: bool) -> dict[str, str]:
     """A cell for every test of the contract, by the test's name, in the contract's order."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(CONTRACT), f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            str(CONTRACT),
+            f"--junitxml={report}",
+            "-p",
+            "no:cacheprovider",
+        ]
         run = subprocess.run([*command, *(["-k", QUICK] if quick else [])], cwd=ROOT, capture_output=True, text=True,
                              env={**os.environ, "DELORA_SUBJECT": subject}, timeout=1200)  # fmt: skip
         if run.returncode not in (0, 1):
@@ -138,7 +152,9 @@ def outcomes(subject: str, quick: bool) -> dict[str, str]:
 def failing_example(report: str) -> str:
     """The arguments that Hypothesis prints, of the smallest example if it found several, without `case=`."""
     found = re.findall(r"(?:Failing|Falsifying)[^\n]*\(\n(.*?)\n[E| ]*\)", report, re.DOTALL)
-    lines = [line.lstrip("E| ").rstrip(",") for line in min(found, key=len, default="").splitlines()]
+    lines = [
+        line.lstrip("E| ").rstrip(",") for line in min(found, key=len, default="").splitlines()
+    ]
     return ", ".join(f"`{line.removeprefix('case=')}`" for line in lines)
 
 
@@ -146,7 +162,9 @@ def sections() -> dict[str, str]:
     """The property, P1 to P11, under which each test stands in the contract."""
     found, section = {}, ""
     for line in CONTRACT.read_text(encoding="utf-8").splitlines():
-        section = re.sub(r"^# -+ (P\d+) .*", r"\1", line) if re.match(r"# -+ P\d+ ", line) else section
+        section = (
+            re.sub(r"^# -+ (P\d+) .*", r"\1", line) if re.match(r"# -+ P\d+ ", line) else section
+        )
         if name := re.match(r"def (test_\w+)", line):
             found[name[1]] = section
     return found
@@ -173,8 +191,12 @@ def main() -> None:
     section = sections()
     for name in ours:
         row = [cells[name] for cells in columns.values()]
-        print(f"| {section[name]} | {name.removeprefix('test_').replace('_', ' ')} | {' | '.join(row)} |")
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("torch", "peft", "hypothesis", "pytest"))
+        print(
+            f"| {section[name]} | {name.removeprefix('test_').replace('_', ' ')} | {' | '.join(row)} |"
+        )
+    versions = ", ".join(
+        f"{p} {importlib.metadata.version(p)}" for p in ("torch", "peft", "hypothesis", "pytest")
+    )
     profile = os.environ.get("HYPOTHESIS_PROFILE", "fast")
     print(f"\nMeasured with {versions}, Python {platform.python_version()}, profile {profile}, on a CPU, "
           f"in {time.monotonic() - started:.0f} s.")  # fmt: skip

@@ -38,11 +38,24 @@ import time
 import warnings
 from datetime import timedelta
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy, which is not needed
+warnings.filterwarnings(
+    "ignore", message="Failed to initialize NumPy"
+)  # torch without numpy, which is not needed
 
 import torch
 import torch.distributed as dist
-from quickstart import BATCH, CACHE, CONTEXT, Progress, english, loss_of, pretrained, python, rounding, validate
+from quickstart import (
+    BATCH,
+    CACHE,
+    CONTEXT,
+    Progress,
+    english,
+    loss_of,
+    pretrained,
+    python,
+    rounding,
+    validate,
+)
 from torch import nn
 
 from delora import adapter_state_dict, inject, load_adapter, param_groups
@@ -66,14 +79,20 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def train(model: nn.Module, text: torch.Tensor, steps: int, rank: int, world: int, device: str) -> None:
+def train(
+    model: nn.Module, text: torch.Tensor, steps: int, rank: int, world: int, device: str
+) -> None:
     """Steps of AdamW. The processes share out the windows that a single one would take."""
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, lambda_lr=5e-3))
     generator, progress = torch.Generator().manual_seed(0), Progress("adapting", steps)
     model.train()
     for step in range(1, steps + 1):
-        starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=generator).tolist()[rank::world]
-        windows = torch.stack([text[i : i + CONTEXT + 1] for i in starts]).long().to(device)  # (b / world, time + 1)
+        starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=generator).tolist()[
+            rank::world
+        ]
+        windows = (
+            torch.stack([text[i : i + CONTEXT + 1] for i in starts]).long().to(device)
+        )  # (b / world, time + 1)
         optimizer.zero_grad()
         loss = loss_of(model, windows)
         loss.backward()  # FSDP2 averages the gradients
@@ -151,7 +170,9 @@ def decoder_layer(width: int, width_kv: int, width_mlp: int) -> nn.ModuleDict:
         "gate": (width, width_mlp), "up": (width, width_mlp), "down": (width_mlp, width),
     }  # fmt: skip
     like = {"bias": False, "device": "meta", "dtype": torch.bfloat16}
-    return nn.ModuleDict({name: nn.Linear(n_in, n_out, **like) for name, (n_in, n_out) in shapes.items()})
+    return nn.ModuleDict(
+        {name: nn.Linear(n_in, n_out, **like) for name, (n_in, n_out) in shapes.items()}
+    )
 
 
 def costs_of(layer: nn.Module, targets: list[str] | str, r: int, world: int) -> dict[str, float]:
@@ -161,7 +182,9 @@ def costs_of(layer: nn.Module, targets: list[str] | str, r: int, world: int) -> 
     trained = sum(p.nbytes for p in adapter if p.requires_grad)
     parameters, base = sum(p.nbytes for p in adapter), sum(p.nbytes for p in layer.parameters())
     base -= parameters
-    received = (world - 1) / world  # of what is gathered or scattered, a process has its own part already
+    received = (
+        world - 1
+    ) / world  # of what is gathered or scattered, a process has its own part already
     return {
         "base": base,
         "adapter": parameters,
@@ -184,21 +207,36 @@ def print_costs(r: int, world: int) -> None:
             stored = c["adapter"] + c["training"]
             numbers = [c["base"], c["adapter"], c["training"], stored / world, c["traffic"]]
             cells = [f"{number / 2**20:.2f}" for number in numbers]
-            cells += [f"{c['traffic'] / c['base traffic']:.1%}", f"{layers * c['adapter'] / 2**30:.2f}"]
+            cells += [
+                f"{c['traffic'] / c['base traffic']:.1%}",
+                f"{layers * c['adapter'] / 2**30:.2f}",
+            ]
             print(f"| {model} | {adapted} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the whole path in seconds, too short for good losses")
-    parser.add_argument("--cpu", action="store_true", help="gloo on the CPU, even if there are GPUs")
-    parser.add_argument("--costs", action="store_true", help="print memory and communication of large models, and exit")
-    parser.add_argument("--rank", type=int, default=16, metavar="R", help="of the adapters in --costs (default: 16)")
+    parser.add_argument(
+        "--quick", action="store_true", help="the whole path in seconds, too short for good losses"
+    )
+    parser.add_argument(
+        "--cpu", action="store_true", help="gloo on the CPU, even if there are GPUs"
+    )
+    parser.add_argument(
+        "--costs",
+        action="store_true",
+        help="print memory and communication of large models, and exit",
+    )
+    parser.add_argument(
+        "--rank", type=int, default=16, metavar="R", help="of the adapters in --costs (default: 16)"
+    )
     parser.add_argument("--processes", type=int, default=8, help="in --costs (default: 8)")
     arguments = parser.parse_args()
     if arguments.costs:
         print_costs(arguments.rank, arguments.processes)
     elif "RANK" not in os.environ:
-        sys.exit("distributed.py is started by torchrun: torchrun --nproc-per-node=2 examples/distributed.py")
+        sys.exit(
+            "distributed.py is started by torchrun: torchrun --nproc-per-node=2 examples/distributed.py"
+        )
     else:
         main(arguments)

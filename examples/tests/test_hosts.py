@@ -32,7 +32,9 @@ from delora import (
 )
 from test_delora import distance, norms, same_bits, snapshot, tol
 
-pytestmark = pytest.mark.filterwarnings("default")  # what other packages warn of is not what is tested
+pytestmark = pytest.mark.filterwarnings(
+    "default"
+)  # what other packages warn of is not what is tested
 os.environ.update(HF_HUB_OFFLINE="1", BITSANDBYTES_NOWELCOME="1")
 
 TEXT = quickstart.english()["train"][:4096].long() % 128  # (bytes,), of ASCII
@@ -54,7 +56,9 @@ def steps(model: nn.Module, loss, count: int = 3, lr: float = 1e-2) -> dict[str,
 
 def moved(model: nn.Module) -> dict[str, DeLoRALinear]:
     """The adapters, after a turn of all their components."""
-    adapters = {name: module for name, module in model.named_modules() if isinstance(module, DeLoRALinear)}
+    adapters = {
+        name: module for name, module in model.named_modules() if isinstance(module, DeLoRALinear)
+    }
     torch.manual_seed(1)
     for adapter in adapters.values():
         adapter.delora_A.data.normal_()
@@ -77,23 +81,53 @@ def hugging_face(kind: str, **changes) -> tuple[nn.Module, dict[str, Tensor]]:
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 128}
-    calm = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    calm = {
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,
+    }
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     inputs = {"input_ids": TOKENS, "labels": TOKENS}
     if kind == "GPT-2":
-        config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2} | ends
+        config = {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "initializer_range": 0.2,
+        } | ends
         config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config | changes)).eval(), inputs
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**config | changes)
+        ).eval(), inputs
     if kind == "Llama":
         config = small | ends | {"num_key_value_heads": 2, "initializer_range": 0.2}
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config | changes)).eval(), inputs
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**config | changes)
+        ).eval(), inputs
     if kind == "T5":
-        config = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0} | ends
+        config = {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "dropout_rate": 0.0,
+        } | ends
         config |= {"decoder_start_token_id": 0}
-        return transformers.T5ForConditionalGeneration(transformers.T5Config(**config | changes)).eval(), inputs
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**config | changes)
+        ).eval(), inputs
     if kind == "BERT":
         config = small | ends | calm
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(**config | changes))
+        model = transformers.BertForSequenceClassification(
+            transformers.BertConfig(**config | changes)
+        )
         return model.eval(), {"input_ids": TOKENS, "labels": torch.tensor([0, 1])}
     config = small | calm | {"image_size": 16, "patch_size": 8}
     model = transformers.ViTForImageClassification(transformers.ViTConfig(**config | changes))
@@ -112,7 +146,11 @@ def test_a_hugging_face_model_starts_equal_trains_every_adapter_and_merges(kind,
     with torch.no_grad():
         before = model(**inputs).logits
     adapters = inject(model, "all-linear", r=2)
-    linear = {name for name, module in pretrained.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
+    linear = {
+        name
+        for name, module in pretrained.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D")
+    }
     assert set(adapters) == linear and len(adapters) > 8
     with torch.no_grad():
         assert same_bits(model(**inputs).logits, before)
@@ -140,14 +178,22 @@ def test_a_hugging_face_model_starts_equal_trains_every_adapter_and_merges(kind,
 def test_a_hugging_face_model_in_bfloat16_starts_equal_and_keeps_its_dtype(kind):
     model, inputs = hugging_face(kind)
     model.bfloat16()
-    inputs = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    model.requires_grad_(False)  # as inject will: PyTorch has other kernels for attention where T5's biases are trained
+    inputs = {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
+    model.requires_grad_(
+        False
+    )  # as inject will: PyTorch has other kernels for attention where T5's biases are trained
     before = model(**inputs).logits
     inject(model, "all-linear", r=2)
     assert same_bits(model(**inputs).logits, before)
     found = steps(model, lambda: model(**inputs).loss)
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    assert not same_bits(model(**inputs).logits, before) and model(**inputs).logits.dtype == torch.bfloat16
+    assert (
+        not same_bits(model(**inputs).logits, before)
+        and model(**inputs).logits.dtype == torch.bfloat16
+    )
     merge(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
@@ -199,7 +245,9 @@ def test_gradient_checkpointing_in_a_hugging_face_model_changes_no_gradient(reen
             model.enable_input_require_grads()  # what a reentrant checkpoint needs where the embedding is frozen
         model.zero_grad()
         model(**inputs).loss.backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        gradients.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        )
     assert all(same_bits(gradients[1][name], gradient) for name, gradient in gradients[0].items())
 
 
@@ -211,8 +259,15 @@ def test_the_trainer_of_hugging_face_takes_the_two_groups(tmp_path):
     import transformers
 
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, lambda_lr=5e-3))
-    options = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "lr_scheduler_type": "constant"}
-    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **options)
+    options = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "no",
+        "lr_scheduler_type": "constant",
+    }
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **options
+    )
     rows = [{"input_ids": row, "labels": row} for row in TOKENS]
     transformers.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None)).train()
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 5e-3]
@@ -243,7 +298,10 @@ def test_the_fused_transformer_encoder_sees_every_adapter(padded):
     for name, p in encoder.named_parameters():
         assert p.requires_grad == name.endswith(("delora_A", "delora_B", "delora_lambda"))
     slow[real].square()[..., 0].sum().backward()
-    assert all(a.delora_A.grad.count_nonzero() and a.delora_B.grad.count_nonzero() for a in adapters.values())
+    assert all(
+        a.delora_A.grad.count_nonzero() and a.delora_B.grad.count_nonzero()
+        for a in adapters.values()
+    )
     rounding = tol(torch.float32, depth(encoder), slow)
     assert distance(fused[real], slow[real]) <= rounding < distance(fused[real], before[real])
     merge(encoder)
@@ -256,7 +314,9 @@ def test_the_fused_transformer_encoder_sees_every_adapter(padded):
 def test_multihead_attention_reads_its_adapted_out_proj(grad):
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(16, 2, batch_first=True).eval().requires_grad_(False)
-    x = torch.randn(2, 6, 16, requires_grad=grad)  # if so, and the weights are frozen, nothing else decides on the path
+    x = torch.randn(
+        2, 6, 16, requires_grad=grad
+    )  # if so, and the weights are frozen, nothing else decides on the path
     with torch.set_grad_enabled(grad):
         before = attention(x, x, x)[0]
         adapter = inject(attention, ["out_proj"], r=2)["out_proj"]
@@ -287,7 +347,9 @@ def torch_ao(model: nn.Module) -> nn.Module:
 
 def torchao(name: str):
     def quantise(model: nn.Module) -> nn.Module:
-        quantization = pytest.importorskip("torchao.quantization", reason="could not import 'torchao'")
+        quantization = pytest.importorskip(
+            "torchao.quantization", reason="could not import 'torchao'"
+        )
         quantization.quantize_(model, getattr(quantization, name)())
         return model
 
@@ -298,11 +360,15 @@ def bitsandbytes(name: str, **options):
     def quantise(model: nn.Module) -> nn.Module:
         layer = getattr(pytest.importorskip("bitsandbytes").nn, name)
         for i in (1, 3):
-            new = layer(model[i].in_features, model[i].out_features, model[i].bias is not None, **options)
+            new = layer(
+                model[i].in_features, model[i].out_features, model[i].bias is not None, **options
+            )
             new.load_state_dict(model[i].state_dict())
             new.bias = model[i].bias
             model[i] = new.to("cpu")
-        return model.train()  # on some CPUs its 4-bit layers are for inference alone after the first call in eval
+        return (
+            model.train()
+        )  # on some CPUs its 4-bit layers are for inference alone after the first call in eval
 
     return quantise
 
@@ -314,9 +380,15 @@ QUANTISED = {
     "torchao int8 activations": (torchao("Int8DynamicActivationInt8WeightConfig"), torch.float32),
     "torchao float8": (torchao("Float8WeightOnlyConfig"), torch.bfloat16),
     "bitsandbytes int8": (bitsandbytes("Linear8bitLt", has_fp16_weights=False), torch.float32),
-    "bitsandbytes int8 bfloat16": (bitsandbytes("Linear8bitLt", has_fp16_weights=False), torch.bfloat16),
+    "bitsandbytes int8 bfloat16": (
+        bitsandbytes("Linear8bitLt", has_fp16_weights=False),
+        torch.bfloat16,
+    ),
     "bitsandbytes nf4": (bitsandbytes("Linear4bit", quant_type="nf4"), torch.float32),
-    "bitsandbytes nf4 in bfloat16": (bitsandbytes("Linear4bit", compute_dtype=torch.bfloat16), torch.float32),
+    "bitsandbytes nf4 in bfloat16": (
+        bitsandbytes("Linear4bit", compute_dtype=torch.bfloat16),
+        torch.float32,
+    ),
     "bitsandbytes fp4 bfloat16": (bitsandbytes("Linear4bit", quant_type="fp4"), torch.bfloat16),
 }
 
@@ -330,7 +402,9 @@ def dequantised(layer: nn.Module) -> Tensor:
 
         return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     if hasattr(layer.weight, "CB"):
-        holder = layer.weight if layer.weight.CB is not None else layer.state  # where it is after the first call
+        holder = (
+            layer.weight if layer.weight.CB is not None else layer.state
+        )  # where it is after the first call
         return holder.CB.float() * holder.SCB.float().unsqueeze(1) / 127
     return layer.weight.dequantize()
 
@@ -338,11 +412,17 @@ def dequantised(layer: nn.Module) -> Tensor:
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_a_quantised_layer_starts_equal_trains_and_merges_into_floating_point(kind):
     quantise, dtype = QUANTISED[kind]
-    model, again, x = quantise(small_mlp(dtype)), quantise(small_mlp(dtype)), torch.randn(5, 64).to(dtype)
+    model, again, x = (
+        quantise(small_mlp(dtype)),
+        quantise(small_mlp(dtype)),
+        torch.randn(5, 64).to(dtype),
+    )
     restored = {name: dequantised(model[int(name)]).double() for name in "13"}  # (out, in)
     before = model(x)
     adapters = inject(model, "all-linear", r=2)
-    assert same_bits(model(x), before) and all(a.delora_quantised is not None for a in adapters.values())
+    assert same_bits(model(x), before) and all(
+        a.delora_quantised is not None for a in adapters.values()
+    )
 
     # An activation of 8 bits is off by at most a 254th of the largest; a weight that is measured in a narrow dtype, or
     # computed in one inside, by its precision.
@@ -357,16 +437,24 @@ def test_a_quantised_layer_starts_equal_trains_and_merges_into_floating_point(ki
         assert not same_bits(adapter.delora_w_norm, W.norm(dim=0).float())
 
     found = steps(model, lambda: (model(x).float() - 1).square().mean())
-    assert all(gradient.isfinite().all() and gradient.count_nonzero() for gradient in found.values())
+    assert all(
+        gradient.isfinite().all() and gradient.count_nonzero() for gradient in found.values()
+    )
     adapted = model(x)
     load_adapter(again, adapter_state_dict(model))
     assert same_bits(again(x), adapted)
-    sizes = [a.weight.detach().float().abs().sum(1).max().item() for a in adapters.values()]  # the gain of each layer
+    sizes = [
+        a.weight.detach().float().abs().sum(1).max().item() for a in adapters.values()
+    ]  # the gain of each layer
     merge(model)
     assert all(type(model[i]) is nn.Linear and model[i].weight.dtype == dtype for i in (1, 3))
     rounding = tol(dtype, 64 + 96, adapted)
-    if "ao int8" in kind or "bitsandbytes" in kind:  # activations of 8 bits, or of float16 or bfloat16, in the base
-        rounding += sum((1 / 254 + precision) * 2 * x.abs().max().item() * size for size in sizes) * max(1, sizes[1])
+    if (
+        "ao int8" in kind or "bitsandbytes" in kind
+    ):  # activations of 8 bits, or of float16 or bfloat16, in the base
+        rounding += sum(
+            (1 / 254 + precision) * 2 * x.abs().max().item() * size for size in sizes
+        ) * max(1, sizes[1])
     assert distance(model(x), adapted) <= rounding
 
 
@@ -377,7 +465,9 @@ def test_an_adapter_of_a_plain_layer_is_refused_by_a_quantised_one(kind):
     inject(model, ["3"], r=2)
     state, codes = adapter_state_dict(model), quantise(small_mlp(dtype))
     before = snapshot(codes)
-    with pytest.raises(ValueError, match=r"lacks \['3.delora_quantised'\], quantised here, not there"):
+    with pytest.raises(
+        ValueError, match=r"lacks \['3.delora_quantised'\], quantised here, not there"
+    ):
         load_adapter(codes, state)
     assert snapshot(codes) == before
 
@@ -407,7 +497,9 @@ def test_a_hugging_face_model_that_is_loaded_quantised_is_adapted(bits, dtype, t
     merge(model)
     assert {model.get_submodule(name).weight.dtype for name in adapters} == {dtype}
     error, effect = ((model(**inputs).logits - y).float().norm() for y in (adapted, before))
-    assert error < effect / 4  # activations in the quantised base are of 8 bits, or rounded: what is merged is close
+    assert (
+        error < effect / 4
+    )  # activations in the quantised base are of 8 bits, or rounded: what is merged is close
 
 
 # ------------------------------------------------------------------------------------------------ PyTorch's modes
@@ -440,7 +532,9 @@ def test_a_block_compiles_as_one_graph_forward_and_backward():
     for forward in (compiled, block):
         block.zero_grad()
         forward(x).square()[..., 0].sum().backward()
-        found.append({name: p.grad.clone() for name, p in block.named_parameters() if p.requires_grad})
+        found.append(
+            {name: p.grad.clone() for name, p in block.named_parameters() if p.requires_grad}
+        )
     for name, gradient in found[1].items():
         assert gradient.count_nonzero()
         assert distance(found[0][name], gradient) <= tol(torch.float32, depth(block), gradient)
@@ -457,8 +551,12 @@ def test_autocast_takes_float32_adapters_on_a_base_of_any_precision(base):
         assert same_bits(model(TOKENS), before)
         found = steps(model, lambda: loss_on_text(model))
         assert not same_bits(model(TOKENS), before) and model(TOKENS).isfinite().all()
-    assert {gradient.dtype for gradient in found.values()} == {torch.float32} and len(found) == 3 * len(adapters)
-    assert all(adapter.delta_weight().norm() <= adapter.norm_bound() for adapter in adapters.values())
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32} and len(
+        found
+    ) == 3 * len(adapters)
+    assert all(
+        adapter.delta_weight().norm() <= adapter.norm_bound() for adapter in adapters.values()
+    )
 
 
 @pytest.mark.parametrize("reentrant", (True, False))
@@ -470,7 +568,11 @@ def test_activation_checkpointing_changes_no_gradient(reentrant):
         model.zero_grad()
         h = x
         for block in model.blocks:
-            h = torch.utils.checkpoint.checkpoint(block, h, use_reentrant=reentrant) if checkpointed else block(h)
+            h = (
+                torch.utils.checkpoint.checkpoint(block, h, use_reentrant=reentrant)
+                if checkpointed
+                else block(h)
+            )
         h.square()[..., 0].sum().backward()
         found.append([p.grad.clone() for name, p in model.named_parameters() if p.requires_grad])
     assert all(same_bits(a, b) and a.count_nonzero() for a, b in zip(*found, strict=True))
@@ -487,7 +589,9 @@ def test_functional_call_and_vmap_run_several_adapters_on_one_base():
     stacked = {name: torch.stack([adapter[name] for adapter in trained]) for name in trained[0]}
 
     def loss(adapter: dict[str, Tensor]) -> Tensor:
-        logits = torch.func.functional_call(models[0], adapter, TOKENS[:, :-1])  # (batch, time, 256)
+        logits = torch.func.functional_call(
+            models[0], adapter, TOKENS[:, :-1]
+        )  # (batch, time, 256)
         return quickstart.F.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
 
     together = torch.func.vmap(torch.func.grad(loss))(stacked)
@@ -502,7 +606,9 @@ def test_an_adapted_model_is_exported():
     model = byte_transformer()
     moved(model)
     exported = torch.export.export(model.eval(), (TOKENS,)).module()
-    assert distance(exported(TOKENS), model(TOKENS)) <= tol(torch.float32, depth(model), model(TOKENS))
+    assert distance(exported(TOKENS), model(TOKENS)) <= tol(
+        torch.float32, depth(model), model(TOKENS)
+    )
 
 
 def test_copies_and_pickles_are_independent_and_equal():
@@ -531,7 +637,10 @@ def test_a_model_on_the_meta_device_takes_the_tensors_of_another():
     model.load_state_dict(source.state_dict(), assign=True)
     assert same_bits(model(TOKENS), source(TOKENS))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable == [name for name, p in source.named_parameters() if p.requires_grad] and trainable
+    assert (
+        trainable == [name for name, p in source.named_parameters() if p.requires_grad]
+        and trainable
+    )
 
 
 # ------------------------------------------------------------------------------------------------ two processes
@@ -541,13 +650,17 @@ def worker(rank: int, job, folder: str) -> None:
     """Run a job in one of two processes; files in folder are how it answers."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
     try:
         job(rank, Path(folder))
         dist.barrier()  # what the other process still waits for is done
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # subtle: torch's threads can abort a process that is taken down in order, after the job is done
+    os._exit(
+        0
+    )  # subtle: torch's threads can abort a process that is taken down in order, after the job is done
 
 
 def in_two_processes(job, folder: Path) -> None:
@@ -587,7 +700,9 @@ def job_ddp(rank: int, folder: Path) -> None:
 def job_fsdp2(rank: int, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
-    nodes = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))  # as two nodes of one process each
+    nodes = init_device_mesh(
+        "cpu", (2, 1), mesh_dim_names=("replicate", "shard")
+    )  # as two nodes of one process each
     for tied, options in ((True, {}), (False, {"mesh": nodes})):
         model = byte_transformer(tie_lambda=tied)
         plain = model(TOKENS)
@@ -637,7 +752,9 @@ def job_from_meta(rank: int, folder: Path) -> None:
     model.to_empty(device="cpu")
     names = {name.replace(".base_layer", ""): name for name in model.state_dict()}
     filled = {names[name]: tensor for name, tensor in base.items()}
-    set_model_state_dict(model, filled, options=StateDictOptions(full_state_dict=True, strict=False))
+    set_model_state_dict(
+        model, filled, options=StateDictOptions(full_state_dict=True, strict=False)
+    )
     load_adapter(model, adapter_state_dict(source))
     with torch.no_grad():
         assert same_bits(model(TOKENS), source(TOKENS))
@@ -646,14 +763,18 @@ def job_from_meta(rank: int, folder: Path) -> None:
 
 def ends_like_one_process(state: dict[str, Tensor], **options) -> None:
     """What two processes reached is what one reaches on all of the text, and not what it reaches on half of it."""
-    whole, part = (adapter_state_dict(descend(byte_transformer(**options), slice(0, end))) for end in (4, 2))
+    whole, part = (
+        adapter_state_dict(descend(byte_transformer(**options), slice(0, end))) for end in (4, 2)
+    )
     assert state.keys() == whole.keys()
     told_apart = []
     for name, value in whole.items():
         rounding = tol(torch.float32, 3 * 4 * 32, value)  # three steps, each a sum over the tokens
         assert distance(state[name], value) <= rounding, name
         told_apart += [name] * (distance(part[name], value) > 2 * rounding)
-    assert len(told_apart) >= 3 * 4 * 4  # A, B and λ of v, o, up and down; q and k of untrained attention hardly move
+    assert (
+        len(told_apart) >= 3 * 4 * 4
+    )  # A, B and λ of v, o, up and down; q and k of untrained attention hardly move
 
 
 def test_two_processes_under_ddp_end_at_the_weights_of_one(tmp_path):
@@ -678,7 +799,9 @@ def test_two_processes_under_fsdp2_end_at_the_weights_of_one_and_save_one_file(t
         assert distance(single(TOKENS), logits) <= tol(torch.float32, depth(single), logits)
 
 
-@pytest.mark.parametrize("job", (job_mixed_precision, job_from_meta), ids=("mixed precision", "from meta"))
+@pytest.mark.parametrize(
+    "job", (job_mixed_precision, job_from_meta), ids=("mixed precision", "from meta")
+)
 def test_under_fsdp2_with(job, tmp_path):
     """The start is zero to the bit where a policy casts to bfloat16; a model may be sharded before it has weights."""
     in_two_processes(job, tmp_path)
@@ -724,22 +847,30 @@ def peft_checkpoint(folder: Path, kind: str, model_options: dict, **config) -> T
 )
 def test_a_checkpoint_of_peft_gives_the_outputs_of_peft(kind, config, tmp_path):
     logits = peft_checkpoint(tmp_path, kind, {}, **config)
-    state = pytest.importorskip("safetensors.torch").load_file(tmp_path / "adapter_model.safetensors")
+    state = pytest.importorskip("safetensors.torch").load_file(
+        tmp_path / "adapter_model.safetensors"
+    )
     model, inputs = hugging_face(kind)
     adapters = load_adapter(model, state)
     with torch.no_grad():
         assert distance(model(**inputs).logits, logits) <= tol(torch.float32, depth(model), logits)
-    assert {f"base_model.model.{name}.delora_A" for name in adapters} == {key for key in state if "delora_A" in key}
+    assert {f"base_model.model.{name}.delora_A" for name in adapters} == {
+        key for key in state if "delora_A" in key
+    }
 
 
 def test_a_checkpoint_of_peft_that_unties_the_head_is_refused(tmp_path):
     """PEFT trains a copy of a head that is tied to the embedding. Here both would change."""
     config = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     peft_checkpoint(tmp_path, "Llama", {"tie_word_embeddings": True}, **config)
-    state = pytest.importorskip("safetensors.torch").load_file(tmp_path / "adapter_model.safetensors")
+    state = pytest.importorskip("safetensors.torch").load_file(
+        tmp_path / "adapter_model.safetensors"
+    )
     model, _ = hugging_face("Llama", tie_word_embeddings=True)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="model.embed_tokens.weight: tied in the model, not in the checkpoint"):
+    with pytest.raises(
+        ValueError, match="model.embed_tokens.weight: tied in the model, not in the checkpoint"
+    ):
         load_adapter(model, state)
     assert snapshot(model) == before
 
@@ -761,7 +892,9 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name():
     for kind in ("GPT-2", "T5", "BERT", "ViT"):
         name = r"model.layers.0.self_attn.q_proj.delora_A: \(2, 32\) in the checkpoint, nothing of that name"
         refused(hugging_face(kind)[0], state, name)
-    wider, shallower = (hugging_face("Llama", **size)[0] for size in ({"hidden_size": 64}, {"num_hidden_layers": 1}))
+    wider, shallower = (
+        hugging_face("Llama", **size)[0] for size in ({"hidden_size": 64}, {"num_hidden_layers": 1})
+    )
     refused(wider, state, r"q_proj.delora_A: \(2, 32\) in the checkpoint, \(2, 64\) in the model")
     refused(shallower, state, "model.layers.1.self_attn.q_proj.delora_A: .*nothing of that name")
 
@@ -789,7 +922,11 @@ def test_a_rank_that_differs_from_the_injected_one_is_refused():
     source = copy.deepcopy(model)
     inject(source, ["v_proj"], r=3)
     inject(model, ["v_proj"], r=2)
-    refused(model, adapter_state_dict(source), r"v_proj.delora_A: \(3, 32\) in the checkpoint, \(2, 32\) in the model")
+    refused(
+        model,
+        adapter_state_dict(source),
+        r"v_proj.delora_A: \(3, 32\) in the checkpoint, \(2, 32\) in the model",
+    )
 
 
 def test_a_lora_checkpoint_is_told_from_a_delora_one(tmp_path):
@@ -797,7 +934,9 @@ def test_a_lora_checkpoint_is_told_from_a_delora_one(tmp_path):
     model, _ = hugging_face("Llama")
     fresh = copy.deepcopy(model)
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    state = pytest.importorskip("safetensors.torch").load_file(tmp_path / "adapter_model.safetensors")
+    state = pytest.importorskip("safetensors.torch").load_file(
+        tmp_path / "adapter_model.safetensors"
+    )
     for target in (fresh, copy.deepcopy(fresh)):
         if target is not fresh:
             inject(target, ["q_proj"])

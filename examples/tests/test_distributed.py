@@ -20,7 +20,9 @@ SCRIPT = Path(__file__).parent / "distributed.py"
 
 def run(*command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_two_processes_train_save_once_and_one_reloads():
@@ -31,18 +33,24 @@ def test_two_processes_train_save_once_and_one_reloads():
     assert done.stdout.count("Report, after") == 1
     new = re.search(r"new text +([\d.]+) -> ([\d.]+)", done.stdout)
     assert float(new[2]) < float(new[1])
-    whole, held = map(float, re.search(r"parameters +([\d.]+) MiB in all, ([\d.]+) MiB", done.stdout).groups())
+    whole, held = map(
+        float, re.search(r"parameters +([\d.]+) MiB in all, ([\d.]+) MiB", done.stdout).groups()
+    )
     assert whole / 2 <= held + 0.01 < 0.51 * whole
 
 
 def test_without_torchrun_one_line_says_what_to_type():
     done = run(str(SCRIPT))
-    assert done.returncode == 1 and done.stderr.startswith("distributed.py is started by torchrun: torchrun --nproc")
+    assert done.returncode == 1 and done.stderr.startswith(
+        "distributed.py is started by torchrun: torchrun --nproc"
+    )
     assert len(done.stderr.splitlines()) == 1
 
 
 def two_layers(device: str) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(64, 48, bias=False, device=device), nn.Linear(48, 64, bias=False, device=device))
+    return nn.Sequential(
+        nn.Linear(64, 48, bias=False, device=device), nn.Linear(48, 64, bias=False, device=device)
+    )
 
 
 def job_traffic(rank: int, folder: Path) -> None:
@@ -75,9 +83,14 @@ def test_the_costs_are_what_fsdp2_sends(tmp_path):
     for rank in (0, 1):
         sent = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         total = (sent["allgather"] + sent["reduce_scatter"]) / 2  # half of it is a process' own
-        padding = 3 * 2 * 4 / 2  # λ has one element, and goes as two: 3 collectives, 2 layers, 4 bytes
+        padding = (
+            3 * 2 * 4 / 2
+        )  # λ has one element, and goes as two: 3 collectives, 2 layers, 4 bytes
         assert total == counted["traffic"] + counted["base traffic"] + padding
-        assert sent["allgather"] > 2 * counted["base"] and 0 < sent["reduce_scatter"] < sent["allgather"] / 4
+        assert (
+            sent["allgather"] > 2 * counted["base"]
+            and 0 < sent["reduce_scatter"] < sent["allgather"] / 4
+        )
 
 
 def test_the_costs_count_the_tensors_of_a_layer_by_hand():

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from delora import disabled, inject, load_adapter
 from test_delora import distance, snapshot, tol
 
-pytestmark = pytest.mark.filterwarnings("default")  # what other packages warn of is not what is tested
+pytestmark = pytest.mark.filterwarnings(
+    "default"
+)  # what other packages warn of is not what is tested
 
 
 def in_peft(pretrained: nn.Module, folder: Path, inputs: dict[str, Tensor]) -> Tensor:
@@ -30,7 +32,9 @@ def in_peft(pretrained: nn.Module, folder: Path, inputs: dict[str, Tensor]) -> T
         return model(**inputs).logits
 
 
-def compare(model: nn.Module, pretrained: nn.Module, inputs: dict[str, Tensor], folder: Path, to: str) -> None:
+def compare(
+    model: nn.Module, pretrained: nn.Module, inputs: dict[str, Tensor], folder: Path, to: str
+) -> None:
     before = snapshot(model)
     export(model, folder, to)
     assert snapshot(model) == before
@@ -48,9 +52,15 @@ def test_peft_gives_the_outputs_of_a_trained_model(to, tied, weight_norm, tmp_pa
     pytest.importorskip("safetensors")
     pretrained, inputs = test_hosts.hugging_face("Llama")
     model = copy.deepcopy(pretrained)
-    options = {"tie_lambda": tied, "weight_norm": weight_norm, "lambda_init": 5.0 if weight_norm == "column" else 1.0}
+    options = {
+        "tie_lambda": tied,
+        "weight_norm": weight_norm,
+        "lambda_init": 5.0 if weight_norm == "column" else 1.0,
+    }
     inject(model, ["q_proj", "v_proj", "lm_head"], r=3, **options)
-    inject(model, ["down_proj"], r=1, lambda_init=0.5, tie_lambda=tied)  # another rank, another strength
+    inject(
+        model, ["down_proj"], r=1, lambda_init=0.5, tie_lambda=tied
+    )  # another rank, another strength
     test_hosts.steps(model, lambda: model(**inputs).loss, lr=3e-2)
     compare(model.eval(), pretrained, inputs, tmp_path / "new" / to, to)
 
@@ -69,13 +79,17 @@ def test_components_of_any_length_are_exported(to, tmp_path):
             adapter.delora_B0[:, 1] = 0
             adapter.delora_lambda.mul_(-0.5)
     compare(model, pretrained, inputs, tmp_path, to)
-    state = pytest.importorskip("safetensors.torch").load_file(tmp_path / "adapter_model.safetensors")
+    state = pytest.importorskip("safetensors.torch").load_file(
+        tmp_path / "adapter_model.safetensors"
+    )
     if to == "delora":  # and here again, as any checkpoint of PEFT
         fresh = copy.deepcopy(pretrained)
         load_adapter(fresh, state)
         with torch.no_grad():
             ours = model(**inputs).logits
-            assert distance(fresh(**inputs).logits, ours) <= tol(torch.float32, test_hosts.depth(model), ours)
+            assert distance(fresh(**inputs).logits, ours) <= tol(
+                torch.float32, test_hosts.depth(model), ours
+            )
 
 
 @pytest.mark.parametrize("to", ("lora", "delora"))
@@ -101,7 +115,12 @@ def test_conv1d_is_exported_to_lora(tmp_path):
     inject(model, "all-linear", exclude=["lm_head"], r=2)
     test_hosts.moved(model)
     compare(model, pretrained, inputs, tmp_path, "lora")
-    refused(model, tmp_path / "no", "delora", "transformer.h.0.attn.c_attn: PEFT's DeLoRA takes nn.Linear, .* a Conv1D")
+    refused(
+        model,
+        tmp_path / "no",
+        "delora",
+        "transformer.h.0.attn.c_attn: PEFT's DeLoRA takes nn.Linear, .* a Conv1D",
+    )
 
 
 class Nested(nn.Module):
@@ -109,7 +128,10 @@ class Nested(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc, self.inner = nn.Linear(4, 4), nn.ModuleDict({"fc": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+        self.fc, self.inner = (
+            nn.Linear(4, 4),
+            nn.ModuleDict({"fc": nn.Linear(4, 4), "head": nn.Linear(4, 4)}),
+        )
         self.lm_head = nn.Linear(4, 4)
 
     def forward(self, x):
@@ -127,7 +149,9 @@ def test_a_name_that_ends_another_is_no_pattern(to, tmp_path):
     export(model, tmp_path, to)
     served = peft.PeftModel.from_pretrained(pretrained, tmp_path)
     assert distance(served(x), model(x)) <= tol(torch.float32, 4 * 4, model(x))
-    assert [name for name, _ in served.named_parameters() if "inner.fc" in name and "base_layer" in name] == []
+    assert [
+        name for name, _ in served.named_parameters() if "inner.fc" in name and "base_layer" in name
+    ] == []
 
 
 def refused(model: nn.Module, folder: Path, to: str, message: str) -> None:
@@ -153,7 +177,12 @@ def test_what_peft_cannot_express_is_refused_by_name_and_nothing_is_written(tmp_
     refused(model, folder, "lora", "^twin.weight: the same parameter as inner.head.weight, trained")
     model.inner["head"].requires_grad_(False)
     model.twin, model.head = None, nn.Linear(4, 4)
-    refused(model, folder, "lora", r"^(inner.head|lm_head): PEFT would take it for one of the trainable \['head'\]")
+    refused(
+        model,
+        folder,
+        "lora",
+        r"^(inner.head|lm_head): PEFT would take it for one of the trainable \['head'\]",
+    )
     model.head = None
     model.inner.bias = nn.Parameter(torch.ones(4))
     refused(model, folder, "lora", "^inner.bias is trainable, and PEFT has no place for it")
@@ -162,7 +191,12 @@ def test_what_peft_cannot_express_is_refused_by_name_and_nothing_is_written(tmp_
     refused(model, folder, "lora", "^inner.fc.base_layer.weight is trainable")
     adapter.base_layer.weight.requires_grad_(False)
     model.twin = adapter
-    refused(model, folder, "lora", "^(twin|inner.fc): the same layer as (inner.fc|twin), and PEFT adapts only one name")
+    refused(
+        model,
+        folder,
+        "lora",
+        "^(twin|inner.fc): the same layer as (inner.fc|twin), and PEFT adapts only one name",
+    )
 
 
 def test_without_peft_one_line_says_so(monkeypatch):
@@ -170,5 +204,7 @@ def test_without_peft_one_line_says_so(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["export.py"])
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit, match="^export.py needs peft, which is not installed: pip install peft saf"):
+    with pytest.raises(
+        SystemExit, match="^export.py needs peft, which is not installed: pip install peft saf"
+    ):
         script.main()

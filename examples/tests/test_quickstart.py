@@ -5,7 +5,9 @@ import quickstart
 import torch
 
 
-@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: d[:-9] + b"?" + d[-8:], lambda d: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[: len(d) // 2], lambda d: d[:-9] + b"?" + d[-8:], lambda d: b""]
+)
 def test_a_damaged_cache_file_is_noticed_and_remade(tmp_path, monkeypatch, capsys, damage):
     monkeypatch.setattr(quickstart, "CACHE", tmp_path / "cache")
     first = quickstart.pretrained(2).state_dict()

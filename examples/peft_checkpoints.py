@@ -31,8 +31,12 @@ import time
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch without numpy, which is not needed
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # delora.py is there, also where it is not installed
+warnings.filterwarnings(
+    "ignore", message="Failed to initialize NumPy"
+)  # torch without numpy, which is not needed
+sys.path.append(
+    str(Path(__file__).resolve().parent.parent)
+)  # delora.py is there, also where it is not installed
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +44,20 @@ from torch.nn import functional as F
 
 from delora import DeLoRALinear, _unit, inject, param_groups
 
-RANGE = 1e-4, 1e15  # PEFT takes the norm of a float32 vector within it as it is: no clamp, no overflow
+RANGE = (
+    1e-4,
+    1e15,
+)  # PEFT takes the norm of a float32 vector within it as it is: no clamp, no overflow
 
 
 def lora_tensors(adapter: DeLoRALinear, rank: int) -> dict[str, Tensor]:
     """lora_B @ lora_A = ΔW, padded with zeros to that rank."""
     left, right = adapter.factors()  # (out, 2r), (2r, in)
     pad = rank - len(right)
-    return {"lora_A.weight": F.pad(right, (0, 0, 0, pad)), "lora_B.weight": F.pad(left, (0, pad))}  # (R, in), (out, R)
+    return {
+        "lora_A.weight": F.pad(right, (0, 0, 0, pad)),
+        "lora_B.weight": F.pad(left, (0, pad)),
+    }  # (R, in), (out, R)
 
 
 def delora_tensors(adapter: DeLoRALinear, rank: int) -> dict[str, Tensor]:
@@ -68,21 +78,33 @@ def check(model: nn.Module, adapters: dict[str, DeLoRALinear], to: str) -> None:
     if to not in ("lora", "delora"):
         raise ValueError(f"to must be 'lora' or 'delora', got {to!r}")
     if not adapters:
-        raise ValueError(f"{type(model).__name__} has no DeLoRALinear: nothing was injected, or it is merged")
+        raise ValueError(
+            f"{type(model).__name__} has no DeLoRALinear: nothing was injected, or it is merged"
+        )
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for name, adapter in adapters.items():
         again = [n for n in names if n != name and model.get_submodule(n) is adapter]
         if again:
-            raise ValueError(f"{name}: the same layer as {again[0]}, and PEFT adapts only one name of a layer")
-        if to == "delora" and adapter.delora_lambda0 is not None and adapter.delora_lambda0 != adapter.delora_lambda:
+            raise ValueError(
+                f"{name}: the same layer as {again[0]}, and PEFT adapts only one name of a layer"
+            )
+        if (
+            to == "delora"
+            and adapter.delora_lambda0 is not None
+            and adapter.delora_lambda0 != adapter.delora_lambda
+        ):
             raise ValueError(f"{name}: λ is {adapter.delora_lambda.item()}, λ₀ is {adapter.delora_lambda0.item()}, and "
                              "PEFT's DeLoRA has one strength for all components: export to LoRA")  # fmt: skip
         if to == "delora" and not isinstance(adapter.base_layer, nn.Linear):
             kind = type(adapter.base_layer).__name__
-            raise ValueError(f"{name}: PEFT's DeLoRA takes nn.Linear, and this is a {kind}: export to LoRA")
+            raise ValueError(
+                f"{name}: PEFT's DeLoRA takes nn.Linear, and this is a {kind}: export to LoRA"
+            )
 
 
-def trained_besides(model: nn.Module, adapters: dict[str, DeLoRALinear]) -> tuple[dict[str, Tensor], list[str]]:
+def trained_besides(
+    model: nn.Module, adapters: dict[str, DeLoRALinear]
+) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of all else that is trainable, and the names of the modules that PEFT is to keep a copy of for them.
 
     PEFT copies whole modules, and every one whose name ends alike. The bias under an adapter needs no copy.
@@ -94,24 +116,32 @@ def trained_besides(model: nn.Module, adapters: dict[str, DeLoRALinear]) -> tupl
         if not p.requires_grad or re.search(r"\.delora_\w+$", name):
             continue
         if p in seen:
-            raise ValueError(f"{name}: the same parameter as {seen[p]}, trained, and PEFT would copy only one of them")
+            raise ValueError(
+                f"{name}: the same parameter as {seen[p]}, trained, and PEFT would copy only one of them"
+            )
         seen[p] = name
         if name.startswith(inside) and name.endswith(".base_layer.bias"):
             tensors[name] = p
-        elif name.startswith(inside) or not owner or any(a.startswith(f"{owner}.") for a in adapters):
+        elif (
+            name.startswith(inside) or not owner or any(a.startswith(f"{owner}.") for a in adapters)
+        ):
             raise ValueError(f"{name} is trainable, and PEFT has no place for it")
         else:
             modules[owner] = model.get_submodule(owner)
     alike = [n for n, _ in model.named_modules() if n.endswith(tuple(modules)) and n not in modules]
     if alike:
-        raise ValueError(f"{alike[0]}: PEFT would take it for one of the trainable {[*modules]}, whose names end alike")
+        raise ValueError(
+            f"{alike[0]}: PEFT would take it for one of the trainable {[*modules]}, whose names end alike"
+        )
     for owner, module in modules.items():
         tensors |= {f"{owner}.{name}": tensor for name, tensor in module.state_dict().items()}
     return tensors, [*modules]
 
 
 @torch.no_grad()
-def export(model: nn.Module, folder: str | os.PathLike, to: str = "lora", base_model: str | None = None) -> None:
+def export(
+    model: nn.Module, folder: str | os.PathLike, to: str = "lora", base_model: str | None = None
+) -> None:
     """Write the adapters of a model, and what else is trainable, as a folder for `PeftModel.from_pretrained`.
 
     Args:
@@ -125,12 +155,18 @@ def export(model: nn.Module, folder: str | os.PathLike, to: str = "lora", base_m
     """
     from safetensors.torch import save_file
 
-    adapters = {name: module for name, module in model.named_modules() if isinstance(module, DeLoRALinear)}
+    adapters = {
+        name: module for name, module in model.named_modules() if isinstance(module, DeLoRALinear)
+    }
     check(model, adapters, to)
     others, modules = trained_besides(model, adapters)
     rank = max(2 * len(adapter.delora_A) for adapter in adapters.values())
     convert = {"lora": lora_tensors, "delora": delora_tensors}[to]
-    tensors = {f"{n}.{leaf}": t for n, adapter in adapters.items() for leaf, t in convert(adapter, rank).items()}
+    tensors = {
+        f"{n}.{leaf}": t
+        for n, adapter in adapters.items()
+        for leaf, t in convert(adapter, rank).items()
+    }
 
     # A name means every module that ends in it. Where that is too much, a regular expression says which.
     ends = tuple(f".{name}" for name in adapters)
@@ -148,11 +184,16 @@ def export(model: nn.Module, folder: str | os.PathLike, to: str = "lora", base_m
     }
     transposed = [not isinstance(adapter.base_layer, nn.Linear) for adapter in adapters.values()]
     lora = {"lora_alpha": rank, "lora_dropout": 0.0, "fan_in_fan_out": all(transposed)}
-    config |= lora if to == "lora" else {"delora_lambda": 1, "module_dropout": 0.0}  # each layer's λ is a tensor
+    config |= (
+        lora if to == "lora" else {"delora_lambda": 1, "module_dropout": 0.0}
+    )  # each layer's λ is a tensor
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    prefixed = {f"base_model.model.{n}": t.detach().cpu().contiguous().clone() for n, t in (tensors | others).items()}
+    prefixed = {
+        f"base_model.model.{n}": t.detach().cpu().contiguous().clone()
+        for n, t in (tensors | others).items()
+    }
     save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
@@ -160,15 +201,31 @@ def export(model: nn.Module, folder: str | os.PathLike, to: str = "lora", base_m
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--to", choices=("lora", "delora", "both"), default="both")
-    parser.add_argument("--out", type=Path, help="the folder to write, or with --to both the one to write two into")
-    parser.add_argument("--quick", action="store_true", help="the whole path in seconds, too short for good losses")
+    parser.add_argument(
+        "--out", type=Path, help="the folder to write, or with --to both the one to write two into"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the whole path in seconds, too short for good losses"
+    )
     args = parser.parse_args()
     try:
         import peft
         import safetensors  # noqa: F401
     except ImportError as error:
-        sys.exit(f"export.py needs {error.name}, which is not installed: pip install peft safetensors")
-    from quickstart import CACHE, CONTEXT, Progress, english, pretrained, python, rounding, train, validate
+        sys.exit(
+            f"export.py needs {error.name}, which is not installed: pip install peft safetensors"
+        )
+    from quickstart import (
+        CACHE,
+        CONTEXT,
+        Progress,
+        english,
+        pretrained,
+        python,
+        rounding,
+        train,
+        validate,
+    )
 
     start, steps = time.monotonic(), 600 if not args.quick else 20
     old, new, windows = english()["valid"], python(), 16 if args.quick else 128
@@ -183,7 +240,16 @@ def main() -> None:
     with torch.no_grad():
         before, ours = pretrained(steps)(probe), model(probe)  # (8, time, 256)
 
-    rows = [("here", "q, v: 8, up: 4", "", validate(model, new["valid"], windows), validate(model, old, windows), 0.0)]
+    rows = [
+        (
+            "here",
+            "q, v: 8, up: 4",
+            "",
+            validate(model, new["valid"], windows),
+            validate(model, old, windows),
+            0.0,
+        )
+    ]
     for to in ("lora", "delora") if args.to == "both" else (args.to,):
         folder = args.out or CACHE / "export"
         folder = folder / to if args.to == "both" else folder
@@ -196,13 +262,15 @@ def main() -> None:
         rows.append((f"PEFT, {to}", f"{served.peft_config['default'].r}", size, *losses, error))
     print(f"""
 Report, after {time.monotonic() - start:.0f} s with torch {torch.__version__}, peft {peft.__version__}\
-{' (--quick)' if args.quick else ''}
+{" (--quick)" if args.quick else ""}
   logits up to {ours.abs().max():.0f}, which the adapter moved by up to {(ours - before).abs().max():.1f}
   {"":<14}{"rank":<16}{"size":<10}{"new text":<10}{"old text":<10}logits differ by""")
     for name, rank, size, *losses, error in rows:
         print(f"  {name:<14}{rank:<16}{size:<10}{losses[0]:<10.4f}{losses[1]:<10.4f}{error:.1e}")
     if max(row[-1] for row in rows) > rounding(ours):
-        sys.exit(f"PEFT gives other outputs: by more than rounding, which is {rounding(ours):.1e} at most")
+        sys.exit(
+            f"PEFT gives other outputs: by more than rounding, which is {rounding(ours):.1e} at most"
+        )
 
 
 if __name__ == "__main__":

