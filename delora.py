@@ -2,27 +2,27 @@
 
 Bini, Girrbach, Akata, ICLR 2025, https://arxiv.org/abs/2503.18225. "Eq." is an equation of theirs.
 
-LoRA adapts y = W x + b by two thin matrices that are trained: y = (W + B A) x + b, with W frozen.
-Where the update points and how large it is are one product BA, steered by one learning rate: set
-too high, it destroys the model.
+LoRA adapts y = W x + bias by two thin matrices that are trained: y = (W + B A) x + bias, with W
+frozen. One learning rate steers both where the product BA points and how large it is. Set too high,
+it destroys the model.
 
 DeLoRA separates the two. BA is a sum of r rank-one components b_i a_iᵀ. Each is divided by its size
 ‖b_i‖ ‖a_i‖, which leaves its direction only (the "angles"), and one learnable number λ per matrix
 is the strength of them all:
 
-    ΔW = (λ / r) · (B Ξ A − B₀ Ξ₀ A₀) · diag(w)      y = (W + ΔW) x + b     (Eq. 8, 9, 15)
+    ΔW = (λ / r) · (B Ξ A − B₀ Ξ₀ A₀) · diag(w)      y = (W + ΔW) x + bias     (Eq. 8, 9, 15)
 
     symbol  code    shape              meaning
     W       weight  (out, in)          pretrained weight, frozen
     A, B    A, B    (r, in), (out, r)  trainable; a_i is row i of A, b_i is column i of B
     Ξ       -       (r, r)             diagonal, Ξ_ii = 1 / (‖a_i‖ ‖b_i‖): it normalises (Eq. 5)
     λ       lam     (1,)               trainable strength
-    A₀, B₀  A0, B0  as A, B            the frozen copy: A and B as they were at the start (Eq. 9)
-    λ₀      lam0    (1,)               λ at the start; it multiplies B₀ Ξ₀ A₀ if that is "untied"
-    w       w       (in,)              w_j = ‖W[:, j]‖, measured once: the unit of λ (Eq. 8)
+    A₀, B₀  A0, B0  as A, B            the frozen copy: A and B at the start; Ξ₀ belongs to it
+    λ₀      lam0    (1,)               λ at the start, for B₀ Ξ₀ A₀ if that is "untied" (2. below)
+    w       w       (in,)              w_j = ‖W[:, j]‖, measured once: λ is in units of it (Eq. 8)
 
 The bound. A component divided by its size has norm one, so λ/r times r of them have norm |λ| at
-most, whatever an optimiser does to A and B. With the frozen copy and w: ‖ΔW‖ ≤ 2 |λ| max_j w_j.
+most, whatever an optimiser does to A and B. With frozen copy and w: ‖ΔW‖_F ≤ 2 |λ| max_j w_j.
 
 The zero start. Training has to start at W. For LoRA B = 0 does it, but here zero has no direction.
 So A and B start at random, and what they give at the start is subtracted from then on (Eq. 9).
@@ -41,7 +41,7 @@ The file has three parts, and a reader may stop after each: 1. the method, `DeLo
 Where the paper (P), its authors' released code (C) and this file differ:
 1. ‖W‖ in Eq. 8. P: one number. C: a norm for each column. Here: as C, or `weight_norm="frobenius"`.
 2. What multiplies B₀ Ξ₀ A₀. P: λ₀. C: today's λ. Here: as C ("tied"), or `tie_lambda=False`.
-3. The bound. P: λ‖W‖. Here: twice that, since around W the frozen copy counts too.
+3. The bound. P: λ‖W‖, for the first term. Here: for ΔW, and the frozen copy counts too: twice that.
 """
 
 import re
@@ -78,13 +78,14 @@ def _wide(value):
 
 
 def _unit(v, dim):
-    """v / ‖v‖ along dim. Zero has no direction: it stays zero, with a zero gradient, by v / ∞.
+    """v / ‖v‖ along dim. Zero has no direction: v / ∞ leaves it zero, and gives it a zero gradient.
 
-    A vector is also taken for zero if its squares are too small for a float, in float32 from 1e-19
-    down: its norm would come out too short, and v / ‖v‖ too long.
+    A vector shorter than 1e-19 in float32 is treated like zero. Its squares underflow, so that its
+    norm comes out too small and v / ‖v‖ would be too long. (Where squares overflow, the norm is ∞
+    by itself.)
     """
     v = _wide(v)
-    norm = torch.linalg.vector_norm(v, dim=dim, keepdim=True)
+    norm = v.norm(dim=dim, keepdim=True)
     return v / norm.masked_fill(norm < torch.finfo(v.dtype).tiny ** 0.5, torch.inf)
 
 
@@ -127,19 +128,19 @@ class DeLoRA(nn.Module):
 
     **The bound.** B Ξ A is a sum of r matrices of norm one or zero, so (λ/r) B Ξ A has norm ≤ |λ|:
     the Frobenius norm, and even the nuclear norm ‖·‖_*, the sum of the singular values (Eq. 6, 7).
-    The frozen term obeys the same bound, and diag(w) multiplies a norm by max_j w_j at most:
+    The frozen term likewise, with λ or λ₀. diag(w) multiplies a norm by max_j w_j at most:
 
         tied:     ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ 2 |λ| max_j w_j
         untied:   ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ (|λ| + |λ₀|) max_j w_j
 
-    There is equality if all r components coincide, the frozen ones are their negatives, and every
-    a_i is zero wherever w_j is not the largest. (Untied, λ and λ₀ need the same sign for it.) With
-    r = 1 and a constant w that is a = −a₀, b = b₀. Frozen components, drawn at random, do not
-    coincide for r > 1: there training stays below the bound.
+    All three are equal if the r normalised components coincide, those of the frozen copy are their
+    negatives, and each a_i is zero at every j where w_j is not the largest. (Untied, λ and λ₀ need
+    the same sign.) With r = 1 and a constant w, a = −a₀ and b = b₀ is such a case. With r > 1 the
+    frozen components, drawn at random, do not coincide: training stays below the bound.
 
-    **λ does not see the lengths of a_i and b_i.** Replace a_i by c·a_i with c > 0: the direction is
-    the same, so ΔW is, so ∂ΔW/∂λ is, so the gradient of λ is. And since no c changes ΔW, the
-    gradient of a_i has no part along a_i, nor that of b_i along b_i: gradients turn these vectors.
+    **λ does not see the lengths of a_i and b_i.** Replace a_i by c·a_i with c > 0: its direction
+    stays, so ΔW stays, and so do ∂ΔW/∂λ and the gradient of λ. And since ΔW does not change along
+    a_i, the gradient of a_i has no part along a_i, nor has that of b_i along b_i: it turns them.
 
     As a parametrization it adapts what is no linear layer: an embedding, a convolution, the
     `in_proj_weight` of nn.MultiheadAttention (examples/anywhere.py):
@@ -151,10 +152,10 @@ class DeLoRA(nn.Module):
         weight: W (out, in), read for its shape and norms. A kernel of more dimensions is read as
             (out, the rest).
         r: number of components, 1 or more.
-        lambda_init: λ at the start, from 1e-30 to 1e30. (λ/r) B Ξ A diag(w) is at most λ max_j w_j:
-            0.54 ‖W‖_F for λ = 15 and 768 columns of equal norm.
+        lambda_init: λ at the start, from 1e-30 to 1e30. With λ = 15 and 768 columns of equal norm,
+            ‖(λ/r) B Ξ A diag(w)‖_F can be 15/√768 = 0.54 of ‖W‖_F.
         weight_norm: "column": w_j = ‖W[:, j]‖. "frobenius": w_j = ‖W‖_F for every j (Eq. 8 as it
-            reads); λ = 0.54 is as strong there as 15 in the example above. None: w_j = 1 (Eq. 7);
+            reads): there λ = 0.54 is as strong as 15 in the example above. None: w_j = 1 (Eq. 7);
             only this can adapt W = 0.
         tie_lambda: what multiplies the frozen copy. True: λ, so that λ → 0 gives W. False: λ₀.
 
@@ -189,34 +190,37 @@ class DeLoRA(nn.Module):
 
         The whole equation is here, and everything else is computed from it.
 
-        Why not B = 0 for the start? If zero had a direction: as soon as B had left it, by however
-        small a step, it would be at full strength. The first step would be as long as all of the
-        training. (In this file zero has none, and no gradient: B could not even leave.)
+        Why not B = 0 for the start? Say that b_i = 0 contributes nothing. The first step, however
+        small, gives b_i a direction, and its term is at full strength at once: ‖ΔW‖ jumps from 0 to
+        about |λ|. (In this file it does not even leave: zero has a zero gradient.)
 
         Why not subtract the two terms as they stand? Write Â for A with unit rows, B̂ for B with
-        unit columns. Two products B̂Â and B̂₀Â₀ of equal factors cancel only if they are rounded
-        alike. In one pair of rank 2r they are terms of one sum, rounded on the way; compiled, one
-        of them may be fused into the subtraction, and not be rounded. So it is the factors that are
-        subtracted ("," puts matrices side by side, ";" one above the other):
+        unit columns. The products B̂Â and B̂₀Â₀ of equal factors cancel only if both are rounded
+        alike. As terms of one sum, in a pair of rank 2r, they are rounded on the way. Compiled, one
+        of them may be fused into the subtraction (a fused multiply-add), and is then not rounded.
+        So it is the factors that are subtracted:
 
             B̂Â − B̂₀Â₀  =  (B̂ − B̂₀) Â + B̂₀ (Â − Â₀)  =  [B̂ − B̂₀, B̂₀] · [Â; Â − Â₀]
 
-        At the start B̂ − B̂₀ and Â − Â₀ are differences of equal numbers, exactly zero in every
-        dtype, and so is each product with them, in whatever order it is summed: ΔW x = 0 to the
-        bit. Untied, λB̂ − λ₀B̂₀ takes the place of λ(B̂ − B̂₀), as λ(B̂ − B̂₀) + (λ − λ₀)B̂₀.
+        ("," puts matrices side by side, ";" one above the other.) At the start B̂ − B̂₀ and Â − Â₀
+        are differences of equal numbers, exactly zero in every dtype, and so is each product with
+        them, in whatever order it is summed: ΔW x = 0 to the bit. A and B have gradients there, by
+        Â and B̂₀; λ, if tied, has none before the first step. Untied it is likewise
+
+            λB̂Â − λ₀B̂₀Â₀  =  [λ(B̂ − B̂₀) + (λ − λ₀)B̂₀, λ₀B̂₀] · [Â; Â − Â₀]
         """
-        # subtle: A and A₀ are normalised in one array. The norms of two arrays a compiler may sum
-        # in two orders. What is frozen is detached, in case of model.requires_grad_(True).
-        A, A0 = _unit(torch.stack((self.A, self.A0.detach())), dim=2)  # unit rows, (r, in) each
-        B, B0 = _unit(torch.stack((self.B, self.B0.detach())), dim=1)  # unit columns, (out, r)
+        # subtle: Â and Â₀ come from one array. If there were two, a compiler might sum their norms
+        # in different orders. What is frozen is detached, in case of model.requires_grad_(True).
+        A_hat, A0_hat = _unit(torch.stack((self.A, self.A0.detach())), dim=2)  # (r, in) each
+        B_hat, B0_hat = _unit(torch.stack((self.B, self.B0.detach())), dim=1)  # (out, r) each
         lam = _wide(self.lam)  # (1,)
         if self.lam0 is None:
-            left = lam * torch.cat((B - B0, B0), dim=1)  # (out, 2r)
+            left = lam * torch.cat((B_hat - B0_hat, B0_hat), dim=1)  # (out, 2r)
         else:
             lam0 = _wide(self.lam0.detach())  # (1,)
-            left = torch.cat((lam * (B - B0) + (lam - lam0) * B0, lam0 * B0), dim=1)  # (out, 2r)
-        right = torch.cat((A, A - A0)) * (_wide(self.w.detach()) / len(A))  # has w / r, (2r, in)
-        return left, right
+            left = torch.cat((lam * (B_hat - B0_hat) + (lam - lam0) * B0_hat, lam0 * B0_hat), dim=1)
+        # right (2r, in) carries w / r
+        return left, torch.cat((A_hat, A_hat - A0_hat)) * (_wide(self.w.detach()) / len(A_hat))
 
     def delta_weight(self):
         """ΔW (out, in), in float32 or wider, with gradients."""
@@ -229,10 +233,10 @@ class DeLoRA(nn.Module):
         Under FSDP2 every process has to call it, and gets the same number.
         """
         lam0 = self.lam if self.lam0 is None else self.lam0
-        bound = (self.lam.abs() + lam0.abs()) * self.w.max()  # (1,)
-        if hasattr(bound, "full_tensor"):  # a DTensor, of which each process has a part
+        bound = (self.lam.abs() + lam0.abs()) * self.w  # (in,)
+        if hasattr(bound, "full_tensor"):  # a DTensor: each process has a part
             bound = bound.full_tensor()
-        return bound.item()
+        return bound.max().item()
 
     def forward(self, weight):
         """W + ΔW in W's shape and dtype, summed in ΔW's precision and rounded once."""
@@ -241,8 +245,9 @@ class DeLoRA(nn.Module):
         return total.to(weight.dtype).view_as(weight)
 
     def extra_repr(self):
-        mode = f"w={self.weight_norm}, tied={self.lam0 is None}"
-        return f"r={len(self.A)}, lam={self.lam.data}, {mode}"
+        return (
+            f"r={len(self.A)}, lam={self.lam.data}, w={self.weight_norm}, tied={self.lam0 is None}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -286,19 +291,20 @@ def _weight_and_bias(layer):
     """W (out, in), and b (out,) or None, of a linear layer: read if possible, else measured.
 
     A linear layer maps zero to b, and row j of the identity to column j of W, plus b. The identity
-    is scaled by 1024, so that adding a large b, and rounding, loses little of W. All is done in the
-    dtype of W, or if W is stored as codes (a quantised layer), of the bias or scales beside them.
+    is scaled by 1024, so that the sum with a large b is rounded less, measured in W. The inputs
+    have the dtype of the layer's first floating-point tensor: of W, or if W is stored as codes (a
+    quantised layer), of a bias or of scales; if there is none, torch's default.
     """
     if _can_be_read(layer):
         return layer.weight, layer.bias
     n_in, n_out = _features(layer)
-    tensors = [*layer.parameters(), *layer.buffers(), torch.empty(0)]  # the last has the defaults
+    tensors = [*layer.parameters(), *layer.buffers(), torch.empty(0)]
     _require_here("its weight", tensors)
     dtype = next(t.dtype for t in tensors if t.dtype in FLOATS)
     zero = torch.zeros(1, n_in, dtype=dtype, device=tensors[0].device)
     with _own_precision(zero):
-        # subtle: at an input that wants no gradient, bitsandbytes' 4-bit layers repack their codes
-        # on some CPUs, and can no longer be trained through.
+        # subtle: an input that wants a gradient, though none is recorded. At another one some
+        # layers (bitsandbytes' 4-bit, on some CPUs) repack W, for inference only.
         b = layer(zero.requires_grad_())
         if not torch.is_tensor(b):
             raise TypeError(
@@ -309,8 +315,8 @@ def _weight_and_bias(layer):
             x = 1024 * nn.functional.one_hot(j, n_in).to(zero)  # (≤ 256, in)
             W[:, j] = (layer(x.requires_grad_()) - b).T / 1024
         y = layer((zero - 2).requires_grad_())
-    # Is it linear? One more input, all −2, must give b − 2 Σ_j W[:, j]. A quantised layer may round
-    # inside, and does not say how coarsely: up to a 16th of ‖W[i, :]‖ passes.
+    # Is it linear? Then one more input, all −2, gives b − 2 Σ_j W[:, j], up to rounding, which a
+    # quantised layer does inside and coarsely: errors of its terms add up like a 2-norm.
     if not ((y - b + 2 * W.sum(dim=1)).abs() <= (2 * W.norm(dim=1) + b.abs()) / 16).all():
         raise TypeError(f"{type(layer).__name__} is not linear, or not finite")
     return W, b[0] if b.any() else None
@@ -355,8 +361,8 @@ class DeLoRALinear(nn.Module):
             raise TypeError(f"{type(base_layer).__name__} is adapted already")
         if not _features(base_layer):
             raise TypeError(
-                f"{type(base_layer).__name__} is no linear layer: leave it out, by exclude, or see "
-                "examples/anywhere.py"
+                f"{type(base_layer).__name__} is no linear layer: exclude it, or adapt it as "
+                "examples/anywhere.py does"
             )
         weight, _ = _weight_and_bias(base_layer)  # (out, in)
         self.base_layer = base_layer
@@ -372,13 +378,11 @@ class DeLoRALinear(nn.Module):
         y = self.base_layer(x)  # (..., out)
         if not self.enabled:
             return y
-        with _own_precision(
-            x
-        ):  # all in y's dtype: autocast's, or the base layer's if that is wider
+        with _own_precision(x):  # y's dtype, be it autocast's or the base layer's choice, is kept
             left, right = self.delora.factors()  # (out, 2r), (2r, in)
             h = nn.functional.linear(self.dropout(x).to(y.dtype), right.to(y.dtype))  # (..., 2r)
             total = nn.functional.linear(h, left.to(y.dtype))  # (..., out)
-            total += y  # in place, to save an array of y's size. (y is the base layer's own.)
+            total += y  # in place, to save an array of y's size; into y itself must not be written
         return total
 
     @property
@@ -386,8 +390,8 @@ class DeLoRALinear(nn.Module):
         """W + ΔW (out, in), for code that takes the weight and does not call the layer.
 
         nn.MultiheadAttention does so with its out_proj, nn.TransformerEncoderLayer in evaluation
-        with all its layers: with W instead they would pass the adapter over. Gradients reach A, B
-        and λ; dropout has no part in it. It is formed, and W measured if need be, at every access.
+        with all its layers. If they read W, the adapter would have no effect there. Gradients reach
+        A, B and λ. There is no dropout in it. It is formed, and W measured if need be, at each use.
         """
         weight, _ = _weight_and_bias(self.base_layer)
         return self.delora(weight) if self.enabled else weight
@@ -400,8 +404,8 @@ class DeLoRALinear(nn.Module):
     def merged(self):
         """A new frozen nn.Linear with weight W + ΔW in W's dtype. It shares no tensor with this.
 
-        Its weight is (out, in) also for a Conv1D. For a quantised layer, W's dtype is that in which
-        W was measured.
+        Where W is measured, as of a Conv1D or a quantised layer, that is the dtype of measuring.
+        The weight is (out, in) also for a Conv1D.
         """
         weight, bias = _weight_and_bias(self.base_layer)
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
@@ -416,18 +420,18 @@ class DeLoRALinear(nn.Module):
 
 
 def _modules(model, kind=nn.Module):
-    """Modules of that kind by name, one with several names under each; not what adapters wrap."""
+    """The modules of that kind, by each of their names. What adapters wrap is left out."""
     wrapped = {m.base_layer for m in model.modules() if isinstance(m, DeLoRALinear)}
     return {
         name: m
-        for name, m in model.named_modules(wrapped, remove_duplicate=False)  # not these
+        for name, m in model.named_modules(wrapped, remove_duplicate=False)
         if isinstance(m, kind)
     }
 
 
 def _require_some(adapters):
     if not adapters:
-        raise ValueError("there is no DeLoRA here: none was injected or loaded, or all is merged")
+        raise ValueError("there is no adapter here: none was injected or loaded, or all are merged")
     return adapters
 
 
@@ -435,7 +439,7 @@ def _replace(model, new):
     """Put new[m] in the place of every module m, wherever model holds it."""
     if model in new:
         raise ValueError(f"{type(model).__name__} is the model itself, and nothing holds it")
-    for parent in list(model.modules()):  # as it is now: a new module may hold an old one
+    for parent in list(model.modules()):  # listed first, since an adapter holds what it replaces
         for name, child in parent._modules.items():
             if child in new:
                 setattr(parent, name, new[child])
@@ -443,9 +447,10 @@ def _replace(model, new):
 
 @contextmanager
 def _adapting(model, plan):
-    """Adapt the layers in plan, {layer: (its name, DeLoRALinear's arguments)}, freeze all the rest.
+    """Adapt the layers in plan, {layer: (its name, arguments of DeLoRALinear)}; yield the adapters.
 
-    If something goes wrong, here or in the body of the context, the model is as it was.
+    If the body of the context then raises nothing, all but the adapters is frozen. If something
+    goes wrong, in the body or before, the model is as it was.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     new = {}
@@ -468,7 +473,7 @@ def _adapting(model, plan):
 
 
 def _matching(patterns, modules, linear):
-    """The names that are meant: by a list, of any modules; by a string, of linear layers only."""
+    """The names that a list (of any modules' names) or a string (for linear layers) stands for."""
     if patterns == "all-linear":
         return linear
     if isinstance(patterns, str):
@@ -492,8 +497,8 @@ def inject(model, target_modules, r=8, lambda_init=15.0, *, exclude=(), **option
     """Replace the target layers by DeLoRALinear, in place, and freeze every other parameter.
 
     Args:
-        model: any module, with its pretrained weights: w is measured now. (If all of it is on the
-            meta device it is adapted there, and filled by `load_state_dict(..., assign=True)`.)
+        model: any module, with its pretrained weights: w is measured now. (A model that is wholly
+            on the meta device is adapted there; `load_state_dict(..., assign=True)` fills it.)
         target_modules: a list of names. Each is a module's whole name, or its end from a dot on:
             "proj" means "layers.0.proj", not "layers.0.q_proj". Or a string: a regular expression
             for the whole name, of linear layers that have no adapter and contain no other linear
@@ -501,7 +506,8 @@ def inject(model, target_modules, r=8, lambda_init=15.0, *, exclude=(), **option
         exclude: a list or a string, as above: what to leave alone, with all that it contains.
         r, lambda_init, options: arguments of `DeLoRALinear`.
 
-    A new head is frozen too. Exclude it, and call head.requires_grad_(True) afterwards.
+    A new head is frozen too: exclude it if it is a target, and unfreeze it afterwards by
+    head.requires_grad_(True).
 
     Returns:
         The new adapters by name. Adapters from before stay as they were, trainable or not.
@@ -537,7 +543,7 @@ def inject(model, target_modules, r=8, lambda_init=15.0, *, exclude=(), **option
         adapters = {name: new[m] for name, m in modules.items() if m in new}
         for name, adapter in adapters.items():
             if _adapter_parameters(adapter.base_layer):
-                raise ValueError(f"{name} contains another target")
+                raise ValueError(f"{name} contains another target")  # a wrapper and what is in it
             if not on_meta:
                 _require_here(name, [adapter.delora.w])
                 if adapter.delora.norm_bound() == 0:
@@ -553,7 +559,8 @@ def merge(model):
     Face's `tie_weights` does, throws W + ΔW away.) It makes no difference if adapters are disabled.
 
     A DeLoRA that is registered as a parametrization is merged by torch's own
-    `remove_parametrizations(module, name, leave_parametrized=True)`.
+    `remove_parametrizations(module, name, leave_parametrized=True)`. That writes into W itself: if
+    a head here is tied to it, `merge` comes first.
 
     Returns:
         The adapters by name, for `unmerge`.
@@ -603,7 +610,10 @@ def unmerge(model, adapters):
 
 @contextmanager
 def disabled(model):
-    """Within this context no DeLoRALinear acts: the pretrained model's outputs. It nests."""
+    """Within this context no DeLoRALinear acts, as if nothing had been injected. It nests.
+
+    Parametrizations stay on: their weight is what the module computes with.
+    """
     before = {
         adapter: adapter.enabled
         for adapter in _require_some(_modules(model, DeLoRALinear)).values()
@@ -620,11 +630,10 @@ def disabled(model):
 def param_groups(model, lr, lambda_lr=None, weight_decay=0.0):
     """Two groups for an optimiser: all that is trainable but λ, and λ at lambda_lr (None: at lr).
 
-    Weight decay leaves λ alone, whose strength it would pull to zero. On A and B it is no
-    regulariser, since ΔW does not see their lengths; what it changes is how fast they turn.
-    Gradients are at right angles to a_i and b_i, so a step makes them longer, and a longer vector
-    is turned less by the same step: turning slows down by itself. Weight decay keeps the vectors
-    short, and so it does not.
+    Weight decay acts on all but λ, which it would pull to zero. On A and B it is no regulariser,
+    since ΔW does not see their lengths. It changes how fast they turn: a gradient step is at right
+    angles to a_i or b_i, so it makes them longer, and a longer vector is turned less by the same
+    step. Their turning slows down by itself; weight decay keeps them short, and turning.
 
     Raises:
         ValueError: there is no DeLoRA; or a weight under one is trainable, and W would move too.
@@ -660,6 +669,7 @@ def adapter_state_dict(model):
     Raises:
         TypeError, ValueError: there is no DeLoRA, or a tensor is sharded or on the meta device.
     """
+    model.state_dict()  # at this FSDP2 shards again what its last forward pass has put together
     adapted = _require_some(_adapter_parameters(model))
     state = {}
     for key, p in model.named_parameters(remove_duplicate=False):
@@ -667,35 +677,6 @@ def adapter_state_dict(model):
             _require_here(key, [p])
             state[key] = p.detach().clone()
     return state
-
-
-def _check_fit(model, state_dict):
-    """An error if model cannot take all of state_dict, or has an adapter that is not in it."""
-    here = model.state_dict(keep_vars=True)  # the parameters themselves: tied ones are one
-    for key in state_dict:
-        if key not in here:
-            raise ValueError(
-                f"{key}: the model has nothing of that name. A new adapter needs a linear layer "
-                f"and {key.rpartition('.')[0]}.A; a parametrization is registered before loading. "
-                "'module.' comes from DistributedDataParallel and '_orig_mod.' from torch.compile: "
-                "save what is inside. 'lora_' is LoRA's, 'base_model.model.' is PEFT's: see "
-                "examples/peft_checkpoints.py"
-            )
-    adapted = _require_some(_adapter_parameters(model))
-    values = {}
-    for key, p in here.items():
-        value = state_dict.get(key, p)  # what p will be when it is loaded
-        if p in adapted:
-            if key not in state_dict:
-                raise ValueError(f"{key} is missing")
-            if getattr(value, "dtype", None) not in FLOATS or not value.isfinite().all():
-                raise TypeError(f"{key} is no tensor of finite floating-point numbers")
-            _require_here(key, [p, value])
-        if torch.is_tensor(p) and value.shape != p.shape:
-            raise ValueError(f"{key}: {tuple(value.shape)} in the file, {tuple(p.shape)} here")
-        tied = values.setdefault(p, value)  # what it will be by the first of its names
-        if tied is not value and not torch.equal(tied.to(value), value):
-            raise ValueError(f"{key}: tied in the model, not in the checkpoint")
 
 
 def load_adapter(model, state_dict):
@@ -722,14 +703,44 @@ def load_adapter(model, state_dict):
         A = state_dict.get(f"{name}.delora.A")
         if getattr(A, "ndim", 0) == 2 and not _adapter_parameters(layer):
             plan[layer] = name, {"r": len(A), "tie_lambda": f"{name}.delora.lam0" not in state_dict}
-    with _adapting(model, plan):
-        _check_fit(model, state_dict)
-    model.load_state_dict(state_dict, strict=False)
+
+    with _adapting(model, plan), torch.no_grad():
+        here = model.state_dict(keep_vars=True)  # the parameters themselves: tied ones are one
+        for key in state_dict:
+            if key not in here:
+                raise ValueError(
+                    f"{key}: the model has nothing of that name. A new adapter needs a linear "
+                    f"layer and {key.rpartition('.')[0]}.A; a parametrization is registered before "
+                    "loading. 'module.' comes from DistributedDataParallel and '_orig_mod.' from "
+                    "torch.compile: save what is inside. 'lora_' is LoRA's, 'base_model.model.' is "
+                    "PEFT's: see examples/peft_checkpoints.py"
+                )
+        adapted = _require_some(_adapter_parameters(model))
+        values = {}
+        for key, p in here.items():
+            if not torch.is_tensor(p):
+                continue
+            value = state_dict.get(key, p)  # what p will be
+            if getattr(value, "shape", None) != p.shape:
+                raise ValueError(
+                    f"{key}: {getattr(value, 'shape', value)} in the file, {p.shape} here"
+                )
+            if p in adapted:
+                if key not in state_dict:
+                    raise ValueError(f"{key} is missing")
+                if value.dtype not in FLOATS or not value.isfinite().all():
+                    raise TypeError(f"{key} is no tensor of finite floating-point numbers")
+                _require_here(key, [p, value])
+            first = values.setdefault(p, value)  # what p will be by the first of its names
+            if first is not value and (first.to(value) != value).any():
+                raise ValueError(f"{key}: tied in the model, not in the checkpoint")
+        for p, value in values.items():
+            p.copy_(value)
 
     adapters = _modules(model, DeLoRALinear)
     for name, adapter in adapters.items():
         w, weight_norm = adapter.delora.w, "column"
-        if (w == w[0]).all():  # weight_norm is in no tensor, but w tells
+        if (w == w[0]).all():  # no tensor says what weight_norm was, but w tells
             weight_norm = None if w[0] == 1 else "frobenius"
         adapter.delora.weight_norm = weight_norm
         own = _weight_norms(_weight_and_bias(adapter.base_layer)[0], weight_norm)  # (in,)
