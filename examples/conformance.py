@@ -1,20 +1,22 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.4", "pytest>=7", "hypothesis>=6.60", "peft>=0.21"]
+# dependencies = ["torch>=2.4", "numpy", "pytest>=7", "hypothesis>=6.60", "peft>=0.21"]
 # ///
-"""Which implementation has which property of DeLoRA: the contract in test_delora.py, run on three of them.
+"""Which implementation has which property of DeLoRA: the contract in test_delora.py, run on three.
 
     python examples/conformance.py              the table in the README, in about a minute
     python examples/conformance.py --quick      three of its rows, for CI
 
-delora.py, DeLoRA as PEFT has it, and plain LoRA are each described to the contract by four functions, as any other
-implementation can be; `DELORA_SUBJECT=examples/conformance.py:PeftDeLoRA pytest test_delora.py` runs one with all
-details. Plain LoRA is the control: it is no DeLoRA, so a contract that it passed would say nothing, and the script then
-fails. Its α is a parameter here and stands where DeLoRA has λ: ΔW = (α / r) B A.
+delora.py, DeLoRA as PEFT has it, and plain LoRA are each described to the contract by four
+functions, as any other implementation can be; DELORA_SUBJECT=examples/conformance.py:PeftDeLoRA
+pytest test_delora.py runs one with all details. Plain LoRA is the control: it is no DeLoRA, so a
+contract that it passed would say nothing, and the script then fails. Its α is a parameter here and
+stands where DeLoRA has λ: ΔW = (α / r) B A.
 
-A cell has a tick; or the smallest layer at which the property did not hold, as Hypothesis found it; or a dash, where
-there is nothing to test. What is no tick is no verdict on somebody else's work, which has aims of its own. It is what
-was measured, with the versions below the table, and the cell can be pasted into the test to see it again.
+A cell has a tick; or the smallest layer at which the property did not hold, as Hypothesis found it;
+or a dash, where there is nothing to test. What is no tick is no verdict on somebody else's work,
+which has aims of its own. It is what was measured, with the versions below the table, and the cell
+can be pasted into the test to see it again.
 """
 
 import argparse
@@ -26,13 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from xml.etree import ElementTree
-
-warnings.filterwarnings(
-    "ignore", message="Failed to initialize NumPy"
-)  # torch without numpy, which is not needed
 
 import torch
 from torch import nn
@@ -41,8 +38,11 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACT = ROOT / "test_delora.py"
 QUICK = "changes_no_bit or never_exceeds or as_long_as_the_learning_rate"
-CONTROL = ("test_the_update_never_exceeds_the_bound", "test_rescaling_a_component_changes_no_output",
-           "test_the_gradient_of_lambda_is_blind_to_the_scale_of_the_components")  # fmt: skip
+CONTROL = (  # what plain LoRA must fail
+    "test_the_update_never_exceeds_the_bound",
+    "test_rescaling_a_component_changes_no_output",
+    "test_the_gradient_of_lambda_is_blind_to_the_scale_of_the_components",
+)
 
 
 class PeftDeLoRA:
@@ -120,57 +120,59 @@ class PlainLoRA:
         return (layer.W + PlainLoRA.delta_weight(layer)).detach().to(layer.W.dtype)
 
 
-def outcomes(subject: str, quick: bool) -> dict[str, str]:
+def outcomes(subject, quick):
     """A cell for every test of the contract, by the test's name, in the contract's order."""
+    command = [sys.executable, "-m", "pytest", str(CONTRACT), "-p", "no:cacheprovider"]
+    if quick:
+        command += ["-k", QUICK]
+    environment = os.environ | {"DELORA_SUBJECT": subject}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            str(CONTRACT),
-            f"--junitxml={report}",
-            "-p",
-            "no:cacheprovider",
-        ]
-        run = subprocess.run([*command, *(["-k", QUICK] if quick else [])], cwd=ROOT, capture_output=True, text=True,
-                             env={**os.environ, "DELORA_SUBJECT": subject}, timeout=1200)  # fmt: skip
+        run = subprocess.run([*command, f"--junitxml={report}"], timeout=1200, **options)
         if run.returncode not in (0, 1):
             sys.exit(f"{subject}: {run.stdout}{run.stderr}".strip())
         cases = ElementTree.parse(report).findall(".//testcase")
-    cells: dict[str, str] = {}
+    cells = {}
     for case in cases:
         name, _, parameter = case.get("name").partition("[")
         failure = case.find("failure")
-        cell = "✓" if failure is None else failing_example(failure.text) or f"`[{parameter}`"
         if case.find("skipped") is not None:
             cell = "–"
-        cells[name] = cell if cells.get(name, "✓") == "✓" else cells[name]
+        elif failure is None:
+            cell = "✓"
+        else:
+            cell = failing_example(failure.text) or f"`[{parameter}`"
+        if cells.get(name, "✓") == "✓":  # of a test with parameters, the first that is no tick
+            cells[name] = cell
     return cells
 
 
-def failing_example(report: str) -> str:
-    """The arguments that Hypothesis prints, of the smallest example if it found several, without `case=`."""
+def failing_example(report):
+    """The arguments that Hypothesis prints, of the smallest example if it found several."""
     found = re.findall(r"(?:Failing|Falsifying)[^\n]*\(\n(.*?)\n[E| ]*\)", report, re.DOTALL)
-    lines = [
-        line.lstrip("E| ").rstrip(",") for line in min(found, key=len, default="").splitlines()
-    ]
-    return ", ".join(f"`{line.removeprefix('case=')}`" for line in lines)
+    arguments = []
+    for line in min(found, key=len, default="").splitlines():
+        argument = line.lstrip("E| ").rstrip(",").removeprefix("case=")
+        arguments.append(f"`{argument}`")
+    return ", ".join(arguments)
 
 
-def sections() -> dict[str, str]:
+def sections():
     """The property, P1 to P11, under which each test stands in the contract."""
-    found, section = {}, ""
+    found = {}
+    section = ""
     for line in CONTRACT.read_text(encoding="utf-8").splitlines():
-        section = (
-            re.sub(r"^# -+ (P\d+) .*", r"\1", line) if re.match(r"# -+ P\d+ ", line) else section
-        )
-        if name := re.match(r"def (test_\w+)", line):
-            found[name[1]] = section
+        heading = re.match(r"# -+ (P\d+) ", line)
+        test = re.match(r"def (test_\w+)", line)
+        if heading:
+            section = heading[1]
+        if test:
+            found[test[1]] = section
     return found
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three rows only")
     quick = parser.parse_args().quick
@@ -178,28 +180,30 @@ def main() -> None:
         peft = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
         sys.exit("conformance.py compares with PEFT, which is not installed: pip install peft")
-    started, here = time.monotonic(), f"{Path(__file__).parent.name}/{Path(__file__).name}"
-    subjects = {"delora.py": "test_delora.py:Reference", f"PEFT {peft} DeLoRA": f"{here}:PeftDeLoRA",
-                "plain LoRA, the control": f"{here}:PlainLoRA"}  # fmt: skip
+    started = time.monotonic()
+    subjects = {
+        "delora.py": "test_delora.py:Reference",
+        f"PEFT {peft} DeLoRA": "examples/conformance.py:PeftDeLoRA",
+        "plain LoRA, the control": "examples/conformance.py:PlainLoRA",
+    }
     columns = {}
     for title, subject in subjects.items():
         print(f"running the contract on {subject} ...", file=sys.stderr, flush=True)
         columns[title] = outcomes(subject, quick)
     ours, _, control = columns.values()
 
-    print(f"| | property | {' | '.join(columns)} |\n| --- | --- |{' --- |' * len(columns)}")
+    print(f"| | property | {' | '.join(columns)} |")
+    print(f"| --- | --- |{' --- |' * len(columns)}")
     section = sections()
     for name in ours:
+        words = name.removeprefix("test_").replace("_", " ")
         row = [cells[name] for cells in columns.values()]
-        print(
-            f"| {section[name]} | {name.removeprefix('test_').replace('_', ' ')} | {' | '.join(row)} |"
-        )
-    versions = ", ".join(
-        f"{p} {importlib.metadata.version(p)}" for p in ("torch", "peft", "hypothesis", "pytest")
-    )
+        print(f"| {section[name]} | {words} | {' | '.join(row)} |")
+    packages = ("torch", "peft", "hypothesis", "pytest")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     profile = os.environ.get("HYPOTHESIS_PROFILE", "fast")
-    print(f"\nMeasured with {versions}, Python {platform.python_version()}, profile {profile}, on a CPU, "
-          f"in {time.monotonic() - started:.0f} s.")  # fmt: skip
+    how = f"Python {platform.python_version()}, profile {profile}, on a CPU"
+    print(f"\nMeasured with {versions}, {how}, in {time.monotonic() - started:.0f} s.")
 
     broken = [name for name, cell in ours.items() if cell != "✓"]
     tame = [name for name in CONTROL if control.get(name) == "✓"]

@@ -4,13 +4,14 @@
 # ///
 """DeLoRA from end to end on real text, on two CPU cores, offline, in about 80 seconds.
 
-    python examples/quickstart.py                 the first run also pretrains the model, and keeps it
-    python examples/quickstart.py --quick         the same path in seconds, too short for good losses
+    python examples/quickstart.py              the first run also pretrains the model, and keeps it
+    python examples/quickstart.py --quick      the same path in seconds, too short for good losses
     python examples/quickstart.py --device cuda
 
-A small byte-level transformer, pretrained on English documentation, is adapted to Python source code;
-then it is looked at, merged, saved, and reloaded into a fresh copy of the pretrained model. The model, the
-texts and the training loop are in experiments/common.py: an ordinary PyTorch model and loop.
+A small byte-level transformer, pretrained on English documentation, is adapted to Python source
+code; then it is looked at, merged, saved, and reloaded into a fresh copy of the pretrained model.
+The model, the texts and the training loop are in experiments/common.py: an ordinary PyTorch model
+and loop.
 """
 
 import argparse

@@ -8,7 +8,8 @@
     python examples/experiments/ablation.py --redraw   table and figure of the last run
     python examples/experiments/ablation.py --quick    in seconds, too short for figures to quote
 
-The runs are those of robustness.py (150 steps, r = 8, three seeds), at six learning rates, 1e-3 to 0.3:
+The runs are those of robustness.py (150 steps, r = 8, three seeds), at six learning rates, 1e-3 to
+0.3:
 
     LoRA                   BA
     + normalised, λ        λ / r · (B Ξ A - B₀ Ξ₀ A₀), w = 1
@@ -18,9 +19,9 @@ The runs are those of robustness.py (150 steps, r = 8, three seeds), at six lear
     by column, λ fixed     only A and B are trained
     by column, zero B      no frozen copy; from B = 0, norms clamped at 1e-4 (start.py)
 
-A λ of 15 means another strength for another w. So that the scaling is compared and not the strength, each
-mode starts with the λ at which the learned terms of all 24 matrices could be as large together as with 15
-by column; λ's learning rate is in proportion.
+A λ of 15 means another strength for another w. So that the scaling is compared and not the
+strength, each mode starts with the λ at which the learned terms of all 24 matrices could be as
+large together as with 15 by column; λ's learning rate is in proportion.
 
 Without matplotlib there is no figure, which is said.
 """
@@ -64,7 +65,7 @@ STYLES = {
 
 
 def reach(model, weight_norm):
-    """How far λ = 1 lets the learned terms of all layers go together, a_i spread over the inputs."""
+    """How far λ = 1 lets the learned terms of all layers go together, a_i spread out evenly."""
     squares = 0.0  # of the mean of w_j², summed
     for block in model.blocks:
         for leaf in LEAVES:

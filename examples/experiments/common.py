@@ -1,9 +1,10 @@
-"""What the examples and experiments share: texts, a small model, its training, the methods, the pictures.
+"""What the examples and experiments share: texts, a small model, its training, the methods, the
+pictures.
 
-Nothing here is about DeLoRA itself. The text ships inside CPython, so that nothing is downloaded: English is
-the reference manual that `help()` shows, Python the modules of the standard library. The model is a
-byte-level transformer of 0.9 million parameters, pretrained on the English once and kept in
-examples/.cache.
+Nothing here is about DeLoRA itself. The text ships inside CPython, so that nothing is downloaded:
+English is the reference manual that `help()` shows, Python the modules of the standard library. The
+model is a byte-level transformer of 0.9 million parameters, pretrained on the English once and kept
+in examples/.cache.
 
 Needs torch and delora. peft and matplotlib are used where they are installed.
 """
@@ -159,7 +160,7 @@ def validate(model, text, windows=128):
 
 
 def rounding(logits):
-    """How far logits may be apart that were computed in two ways: the sums of all layers in a row."""
+    """How far logits may be apart that were computed in two ways: by the sums of all layers."""
     terms = LAYERS * (4 * WIDTH + WIDTH + 4 * WIDTH) + WIDTH  # q, k, v, o, up and down; the head
     return 8 * torch.finfo(logits.dtype).eps * terms * logits.abs().max().item()
 
@@ -188,7 +189,7 @@ class Progress:
 
 
 def decay(steps):
-    """The share of the learning rate at each step: warm-up over 6 % of them, linear decay to zero."""
+    """The share of the learning rate at each step: warm-up over 6 %, then linear decay to zero."""
     warmup = max(1, steps * 6 // 100)
     return lambda step: min((step + 1) / warmup, (steps - step) / steps)
 
@@ -217,8 +218,9 @@ def train(model, text, optimizer, steps, seed, watch, share=None, batch=BATCH):
 def pretrained(steps=PRETRAINING_STEPS, device="cpu"):
     """The model pretrained on English, from the cache if it is there and whole.
 
-    The cache file begins with the SHA-256 of what follows, so that damage is noticed. Its name holds
-    a hash of the text and of all that shapes the model, so that a change of either is noticed too.
+    The cache file begins with the SHA-256 of what follows, so that damage is noticed. Its name
+    holds a hash of the text and of all that shapes the model, so that a change of either is noticed
+    too.
     """
     text = english()["train"]
     shape = (CONTEXT, WIDTH, LAYERS, HEADS, BATCH, steps, torch.__version__)
@@ -356,7 +358,9 @@ def finite(number):
 
 
 def adapted_and_trained(job, groups):
-    """Adapt by groups(model), which returns an optimiser's groups, and train. The job with what came out."""
+    """Adapt by groups(model), which returns an optimiser's groups, and train. The job with what
+    came out.
+    """
     quick = job["quick"]
     windows = 16 if quick else 128
     model = copy.deepcopy(base(quick))
@@ -419,7 +423,8 @@ def write_json(found, path):
 
 
 def experiment(name, about, job, plan, report, draw, size=(8, 3.6)):
-    """The command line that the experiments share: run and keep the numbers, or read them; then show.
+    """The command line that the experiments share: run and keep the numbers, or read them; then
+    show.
 
     about is the script's docstring; plan(quick) the jobs, job(one of them) what came out of it;
     report(found) the tables; draw(found, figure) the picture.
@@ -455,7 +460,7 @@ def experiment(name, about, job, plan, report, draw, size=(8, 3.6)):
 
 
 def over_seeds(runs, key, **which):
-    """That number of all runs that match which, one for each seed; infinite where a run diverged."""
+    """That number of all runs that match which, one for each seed; infinite if one diverged."""
     chosen = []
     for run in runs:
         if all(run[name] == value for name, value in which.items()):

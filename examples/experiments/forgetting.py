@@ -2,18 +2,19 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "numpy", "peft>=0.21", "matplotlib"]
 # ///
-"""Training far too long on little text: who drifts away from the pretrained model, who forgets (Fig. 3).
+"""Training far too long on little text: who drifts away from the pretrained model, who forgets
+(Fig. 3).
 
     python examples/experiments/forgetting.py            all runs: about 20 minutes on two cores
     python examples/experiments/forgetting.py --redraw   table and figure of the last run
     python examples/experiments/forgetting.py --quick    in seconds, too short for figures to quote
 
-The quickstart's model is adapted to the first 12 KB of Python source code, so little that it is soon
-known by heart: the loss on other Python code is lowest at some step and then rises. Training goes on for
-1750 steps, at least ten times as long. AdamW has each method's best rate by robustness.py, constant after
-10 steps of warm-up. At 23 steps on the way the loss on unseen new text, the loss on the *old* text
-(English, what was pretrained) and ‖W' - W‖ are measured, with three seeds, and with DeLoRA the mean of
-all λ, since the bound moves with it.
+The quickstart's model is adapted to the first 12 KB of Python source code, so little that it is
+soon known by heart: the loss on other Python code is lowest at some step and then rises. Training
+goes on for 1750 steps, at least ten times as long. AdamW has each method's best rate by
+robustness.py, constant after 10 steps of warm-up. At 23 steps on the way the loss on unseen new
+text, the loss on the *old* text (English, what was pretrained) and ‖W' - W‖ are measured, with
+three seeds, and with DeLoRA the mean of all λ, since the bound moves with it.
 
 Without peft its DeLoRA is left out; without matplotlib there is no figure. Both are said.
 """

@@ -2,21 +2,22 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "numpy", "matplotlib"]
 # ///
-"""A picture of the method: the ball, the angle and the strength, on the smallest layer that has all three.
+"""A picture of the method: the ball, the angle and the strength, on the smallest layer that has all
+three.
 
     python examples/experiments/geometry.py            train six layers, draw the figure: seconds
     python examples/experiments/geometry.py --quick    the same, into examples/.cache
 
-A layer with one input and two outputs has a weight W of two numbers, a point in the plane, and so is
-every update. With r = 1 the learned term λ w b̂ â is an arrow of length λw (â is 1 or -1 here, w is the
-length of W). The frozen copy is subtracted, so W + ΔW lies on a circle of radius λw around W - λ w b̂₀ â₀,
-and starts in W. Training turns b̂ (the angle), which walks along the circle, and sets λ (the strength),
-which scales the way from W. Nothing leaves the ball of radius 2λw around W: the points that turn b̂ all
-the way round reach it.
+A layer with one input and two outputs has a weight W of two numbers, a point in the plane, and so
+is every update. With r = 1 the learned term λ w b̂ â is an arrow of length λw (â is 1 or -1 here, w
+is the length of W). The frozen copy is subtracted, so W + ΔW lies on a circle of radius λw around W
+- λ w b̂₀ â₀, and starts in W. Training turns b̂ (the angle), which walks along the circle, and sets
+λ (the strength), which scales the way from W. Nothing leaves the ball of radius 2λw around W: the
+points that turn b̂ all the way round reach it.
 
-Drawn are real runs: 40 steps of SGD towards one target, at three learning rates. LoRA's steps grow with A
-and B, and at the highest rate they leave the picture. DeLoRA, here with λ = 0.8 fixed to show the circle,
-cannot.
+Drawn are real runs: 40 steps of SGD towards one target, at three learning rates. LoRA's steps grow
+with A and B, and at the highest rate they leave the picture. DeLoRA, here with λ = 0.8 fixed to
+show the circle, cannot.
 
 Without matplotlib there is no figure, which is said.
 """

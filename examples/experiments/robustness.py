@@ -8,18 +8,19 @@
     python examples/experiments/robustness.py --redraw   tables and figure of the last run
     python examples/experiments/robustness.py --quick    in seconds, too short for figures to quote
 
-The quickstart's model, pretrained on English, is adapted to Python source code at nine learning rates
-over four decades, with three seeds each (they set what an adapter starts from, and which text each step
-sees). Every run is 150 steps of AdamW on 8 windows of 128 bytes, without weight decay, with linear
-warm-up over 6 % and linear decay. The adapters have r = 8 on all 24 matrices of the blocks; λ starts at
-15 and learns at half the rate of A and B, so that a sweep moves both. Full fine-tuning trains everything.
+The quickstart's model, pretrained on English, is adapted to Python source code at nine learning
+rates over four decades, with three seeds each (they set what an adapter starts from, and which text
+each step sees). Every run is 150 steps of AdamW on 8 windows of 128 bytes, without weight decay,
+with linear warm-up over 6 % and linear decay. The adapters have r = 8 on all 24 matrices of the
+blocks; λ starts at 15 and learns at half the rate of A and B, so that a sweep moves both. Full
+fine-tuning trains everything.
 
-At the end of each run three numbers are kept: the loss on the new text's validation part, the loss on the
-old text's, and ‖W' - W‖, the Frobenius norm over all 24 matrices. W' is not asked from the method but
-measured from its outputs. By the width of a method is meant how many decades of learning rate around its
-best one keep the loss within 0.05 of its own best, or of the best that any adapter reaches, with straight
-lines between the points; + says that they go on beyond the sweep. In brackets are the lowest and the
-highest seed.
+At the end of each run three numbers are kept: the loss on the new text's validation part, the loss
+on the old text's, and ‖W' - W‖, the Frobenius norm over all 24 matrices. W' is not asked from the
+method but measured from its outputs. By the width of a method is meant how many decades of learning
+rate around its best one keep the loss within 0.05 of its own best, or of the best that any adapter
+reaches, with straight lines between the points; + says that they go on beyond the sweep. In
+brackets are the lowest and the highest seed.
 
 Without peft its DeLoRA is left out; without matplotlib there is no figure. Both are said.
 """
@@ -64,7 +65,7 @@ def plan(quick):
 
 
 def width(rates, losses, limit):
-    """How many decades around the best rate have a loss up to limit, and whether they end inside."""
+    """How many decades around the best rate have a loss up to limit; whether they end inside."""
     best = losses.index(min(losses))
     if losses[best] > limit:
         return 0.0, True

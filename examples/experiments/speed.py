@@ -7,24 +7,26 @@
     python examples/experiments/speed.py            all tables and a figure: about three minutes
     python examples/experiments/speed.py --quick    in seconds, too short for figures to quote
     python examples/experiments/speed.py --device cuda --dtype bfloat16
-                                                    and a Llama-3-8B-shaped stack, eager and compiled
+                                                    and a stack like Llama-3 8B, also compiled
 
-Every figure is a ratio. In a round each implementation takes one step, one after the other in an order
-that changes; the ratios are of two times in one round, and the table has their median and, in brackets,
-their quartiles. So whatever slows the machine down slows both. On a GPU, CUDA events take the time. A step
-is a forward and backward pass, gradient to x included; or, as when text is generated with the adapter on,
-a forward pass alone under torch.no_grad().
+Every figure is a ratio. In a round each implementation takes one step, one after the other in an
+order that changes; the ratios are of two times in one round, and the table has their median and, in
+brackets, their quartiles. So whatever slows the machine down slows both. On a GPU, CUDA events take
+the time. A step is a forward and backward pass, gradient to x included; or, as when text is
+generated with the adapter on, a forward pass alone under torch.no_grad().
 
-The floors are what any implementation of the same update has to spend in one forward and backward pass:
+The floors are what any implementation of the same update has to spend in one forward and backward
+pass:
 
-    operations    4·T·in·out for the frozen layer (y, and the gradient of x); for an update of rank k
-                  whose factors have r trainable components 4·T·k·(in + out) + 2·T·r·(in + out) more.
-                  LoRA: k = r. DeLoRA: k = 2r.
+    operations    4·T·in·out for the frozen layer (y, and the gradient of x); for an update of rank
+                  k whose factors have r trainable components 4·T·k·(in + out) + 2·T·r·(in + out)
+                  more. LoRA: k = r. DeLoRA: k = 2r.
     bytes         W twice, x, y and their gradients once each, the trainable factors and their
                   gradients once each
 
-The time at the floor is the larger of operations / rate and bytes / bandwidth, at the highest rate and
-bandwidth that were seen on this machine: in a large matrix product, in a large copy, or in a layer.
+The time at the floor is the larger of operations / rate and bytes / bandwidth, at the highest rate
+and bandwidth that were seen on this machine: in a large matrix product, in a large copy, or in a
+layer.
 
 Without peft its columns are left empty; without matplotlib there is no figure. Both are said.
 """
@@ -148,12 +150,12 @@ def forward_alone(layer, x, g):
 
 
 def operations(tokens, n_in, n_out, k, r):
-    """Of y and the gradient of x through W and an update of rank k, and of r components' gradients."""
+    """Of y and the gradient of x through W and an update of rank k; of r components' gradients."""
     return 4 * tokens * n_in * n_out + (4 * k + 2 * r) * tokens * (n_in + n_out)
 
 
 def traffic(tokens, n_in, n_out, r, item):
-    """Bytes: W twice, x, y and their gradients; in float32 the trainable factors, their gradients."""
+    """Bytes: W twice, x, y, the trainable factors in float32, and the gradients of these."""
     return item * (2 * n_in * n_out + 2 * tokens * (n_in + n_out)) + 4 * 2 * r * (n_in + n_out)
 
 
@@ -165,7 +167,7 @@ def ranks(method, r):
 
 
 def machine(device, dtype, quick):
-    """Operations a second of a large matrix product, bytes a second of a large copy: the best seen."""
+    """Operations a second of a large product, bytes a second of a large copy: the best seen."""
     n = 512 if quick else 8192 if device == "cuda" else 2048
     budget = 0.1 if quick else 2
     a = torch.randn(n, n, device=device, dtype=dtype)
@@ -183,7 +185,9 @@ def machine(device, dtype, quick):
 
 
 def kept(method, tokens, width, r):
-    """MiB kept for the backward pass of q, k and v on one x (tokens, width), beyond x and parameters."""
+    """MiB kept for the backward pass of q, k and v on one x (tokens, width), beyond x and
+    parameters.
+    """
     layers = [one_layer(method, width, width, r) for _ in range(3)]
     x = torch.randn(tokens, width, requires_grad=True)
     known = {x.untyped_storage().data_ptr()}
@@ -232,7 +236,8 @@ def llama_7b_layer(shrink=1, device="cpu"):
 
 
 def injection(quick):
-    """Milliseconds a linear layer, r = 16: on the meta device; in float32 beyond a read of the weights.
+    """Milliseconds a linear layer, r = 16: on the meta device; in float32 beyond a read of the
+    weights.
 
     Of all 224 layers, and of one decoder layer's seven: the median of several.
     """
@@ -255,7 +260,7 @@ def injection(quick):
 
 
 class Attention(nn.Module):
-    """The linear layers of a decoder layer's attention with grouped keys, and what is between them."""
+    """The attention of a decoder layer, with grouped keys."""
 
     def __init__(self, width, **like):
         super().__init__()
@@ -279,7 +284,8 @@ class Attention(nn.Module):
 
 
 def stack(device, dtype, methods, budget, quick):
-    """Forward and backward of a stack shaped like Llama-3 8B's attention, q, k, v, o adapted, r = 16.
+    """Forward and backward of a stack shaped like Llama-3 8B's attention, q, k, v, o adapted, r =
+    16.
 
     On a CPU torch.compile needs g++; without it the stack runs eager only.
     """
@@ -406,7 +412,7 @@ def ratio_table(rows, key, title, methods):
 
 
 def floor_table(found):
-    """What a layer was seen to reach, the machine can do: a product or a copy may have met a stall."""
+    """What a layer was seen to reach, the machine can do, even if product or copy were slower."""
     rows = [row for row in found["steps"] if row["what"] == BOTH]
     rate, bandwidth = found["rate"], found["bandwidth"]
     for row in rows:

@@ -8,15 +8,17 @@
     python examples/experiments/start.py --redraw   tables and figure of the last run
     python examples/experiments/start.py --quick    in seconds, too short for figures to quote
 
-Both starts give the pretrained model before the first step. What comes after differs. From B = 0 a norm
-has to be kept away from zero, by a clamp at 1e-4 as in PEFT 0.21.2 (a test compares the class below with
-it). The first step of AdamW makes every entry of B as large as the learning rate, and then B is
-normalised: at any rate that brings its norm above the clamp, the first step goes to full strength, in
-whatever direction the first batch has. With the frozen copy the first step is as small as the rate.
+Both starts give the pretrained model before the first step. What comes after differs. From B = 0 a
+norm has to be kept away from zero, by a clamp at 1e-4 as in PEFT 0.21.2 (a test compares the class
+below with it). The first step of AdamW makes every entry of B as large as the learning rate, and
+then B is normalised: at any rate that brings its norm above the clamp, the first step goes to full
+strength, in whatever direction the first batch has. With the frozen copy the first step is as small
+as the rate.
 
-The model, the texts and the batches are those of robustness.py, on all 24 matrices of the blocks with
-r = 8 and λ = 15, at four constant learning rates (λ has half of it) without warm-up, three seeds. After
-every step ‖ΔW‖ is measured, and the loss on 32 windows of the new text's validation part.
+The model, the texts and the batches are those of robustness.py, on all 24 matrices of the blocks
+with r = 8 and λ = 15, at four constant learning rates (λ has half of it) without warm-up, three
+seeds. After every step ‖ΔW‖ is measured, and the loss on 32 windows of the new text's validation
+part.
 
 Without matplotlib there is no figure, which is said.
 """

