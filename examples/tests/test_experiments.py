@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -275,12 +276,12 @@ def test_without_the_peers_an_experiment_runs_and_says_what_is_left_out(tmp_path
         "import runpy, sys\n"
         "sys.modules.update(peft=None, matplotlib=None)\n"
         "sys.argv = sys.argv[1:]\n"
-        "sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     script = str(SCRIPTS / "robustness.py")
     command = [sys.executable, "-c", code, script, "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "peft is not installed: its DeLoRA is left out." in done.stdout
     assert "matplotlib is not installed: no figure." in done.stdout
