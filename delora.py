@@ -2,9 +2,8 @@
 
 Bini, Girrbach, Akata, ICLR 2025, https://arxiv.org/abs/2503.18225. "Eq." is an equation of theirs.
 
-LoRA adapts y = W x + bias by two thin matrices that are trained: y = (W + B A) x + bias, with W
-frozen. One learning rate steers both where the product BA points and how large it is. Set too high,
-it destroys the model.
+LoRA adapts y = W x + bias by two thin matrices that are trained: y = (W + B A) x + bias, W frozen.
+One learning rate steers both where BA points and how large it is. Too high, it destroys the model.
 
 DeLoRA separates the two. BA is a sum of r rank-one components b_i a_iᵀ. Each is divided by its size
 ‖b_i‖ ‖a_i‖, which leaves its direction only (the "angles"), and one learnable number λ per matrix
@@ -18,30 +17,31 @@ is the strength of them all:
     Ξ       -       (r, r)             diagonal, Ξ_ii = 1 / (‖a_i‖ ‖b_i‖): it normalises (Eq. 5)
     λ       lam     (1,)               trainable strength
     A₀, B₀  A0, B0  as A, B            the frozen copy: A and B at the start; Ξ₀ belongs to it
-    λ₀      lam0    (1,)               λ at the start, for B₀ Ξ₀ A₀ if that is "untied" (2. below)
-    w       w       (in,)              w_j = ‖W[:, j]‖, measured once: λ is in units of it (Eq. 8)
+    λ₀      lam0    (1,)               λ at the start; only if tie_lambda=False, for B₀ Ξ₀ A₀
+    w       w       (in,)              w_j = ‖W[:, j]‖, measured once; scales column j of ΔW (Eq. 8)
 
 The bound. A component divided by its size has norm one, so λ/r times r of them have norm |λ| at
-most, whatever an optimiser does to A and B. With frozen copy and w: ‖ΔW‖_F ≤ 2 |λ| max_j w_j.
+most, whatever an optimiser does to A and B. The frozen copy may double it: ‖ΔW‖_F ≤ 2 |λ| max_j w_j
+(see `DeLoRA`). λ is trained too, at a learning rate of its own, and the bound moves with it.
 
-The zero start. Training has to start at W. For LoRA B = 0 does it, but here zero has no direction.
-So A and B start at random, and what they give at the start is subtracted from then on (Eq. 9).
-`DeLoRA` has the bound in full, `DeLoRA.factors` why the start is exactly zero.
+The zero start. Training has to start at W. LoRA has B = 0 for that, but here a zero vector has no
+direction. So A and B start at random, and what they give at the start is subtracted from then on
+(Eq. 9). Why that is zero to the last bit: `DeLoRA.factors`.
 
     from delora import inject, merge, param_groups
 
     inject(model, ["q_proj", "v_proj"])     # adapters in place, all else frozen, the same outputs
-    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2))
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-2, lambda_lr=5e-3))
     train(model, optimizer)                 # as ever
     merge(model)                            # plain nn.Linear layers that hold W + ΔW
 
 The file has three parts, and a reader may stop after each: 1. the method, `DeLoRA`, for any matrix;
 2. `DeLoRALinear`, a layer around a linear layer; 3. `inject` to `load_adapter`, for a whole model.
 
-Where the paper (P), its authors' released code (C) and this file differ:
-1. ‖W‖ in Eq. 8. P: one number. C: a norm for each column. Here: as C, or `weight_norm="frobenius"`.
-2. What multiplies B₀ Ξ₀ A₀. P: λ₀. C: today's λ. Here: as C ("tied"), or `tie_lambda=False`.
-3. The bound. P: λ‖W‖, for the first term. Here: for ΔW, and the frozen copy counts too: twice that.
+Where the paper, its authors' code (which gave the paper's results) and this file differ:
+1. ‖W‖ in Eq. 8. Paper: one number. Code: a norm per column. Here: the same, or "frobenius".
+2. What multiplies B₀ Ξ₀ A₀. Paper: λ₀. Code: today's λ. Here: the same, or `tie_lambda=False`.
+3. The bound. Paper: λ‖W‖, for the first term. Here: for the whole ΔW, with max_j w_j for ‖W‖.
 """
 
 import re
@@ -73,16 +73,16 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _wide(value):
-    """In float32; what is float64 stays so."""
+    """In float32 at least: float64 stays as it is."""
     return value if value.dtype == torch.float64 else value.float()
 
 
 def _unit(v, dim):
     """v / ‖v‖ along dim. Zero has no direction: v / ∞ leaves it zero, and gives it a zero gradient.
 
-    A vector shorter than 1e-19 in float32 is treated like zero. Its squares underflow, so that its
-    norm comes out too small and v / ‖v‖ would be too long. (Where squares overflow, the norm is ∞
-    by itself.)
+    A vector shorter than 1e-19 in float32 is treated like zero. Its squares may underflow, and then
+    its norm comes out too small and v / ‖v‖ too long. (Where squares overflow, the norm is ∞ by
+    itself, and v / ‖v‖ zero.)
     """
     v = _wide(v)
     norm = v.norm(dim=dim, keepdim=True)
@@ -92,7 +92,7 @@ def _unit(v, dim):
 def _weight_norms(weight, weight_norm):
     """w (in,) of a weight (out, in). `DeLoRA` says what weight_norm means."""
     squares = 0
-    for rows in weight.detach().split(256):  # in blocks: torch's norm of columns is far slower
+    for rows in weight.detach().split(256):  # in blocks: float32 copies of W would need memory
         squares += _wide(rows).square().sum(dim=0)  # (in,)
     column = squares.sqrt()
     if not (column.is_meta or column.isfinite().all()):
@@ -107,7 +107,7 @@ def _weight_norms(weight, weight_norm):
 
 
 def _frozen(value):
-    """A copy that is not trained. No buffer: FSDP2 shards none, and DDP sends them at each step."""
+    """A copy that is not trained, as a Parameter: FSDP2 shards these, and no buffers."""
     return nn.Parameter(value.detach().clone(), requires_grad=False)
 
 
@@ -116,8 +116,8 @@ def _require_number(name, value, low, high, kind=Real):
         raise ValueError(f"{name} must be {kind.__name__}, {low} <= {name} < {high}, got {value!r}")
 
 
-def _own_precision(x):
-    """A context in which torch.autocast, if it is on, casts nothing. (There is none for "meta".)"""
+def _no_autocast(x):
+    """A context without autocast on x's device. (The meta device has no autocast to switch off.)"""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
@@ -126,21 +126,27 @@ class DeLoRA(nn.Module):
 
     It starts at ΔW = 0 exactly, and reaches updates of rank ≤ 2r in a ball around W.
 
-    **The bound.** B Ξ A is a sum of r matrices of norm one or zero, so (λ/r) B Ξ A has norm ≤ |λ|:
-    the Frobenius norm, and even the nuclear norm ‖·‖_*, the sum of the singular values (Eq. 6, 7).
-    The frozen term likewise, with λ or λ₀. diag(w) multiplies a norm by max_j w_j at most:
+    **The bound.** B Ξ A is a sum of r matrices of norm one or zero, so (λ/r) B Ξ A has norm ≤ |λ|.
+    This is so for the Frobenius norm, and for the nuclear norm ‖·‖_*, which is the sum of the
+    singular values and never smaller (Eq. 6, 7). The frozen term likewise, with λ ("tied") or λ₀
+    ("untied", tie_lambda=False). diag(w) multiplies a norm by max_j w_j at most:
 
         tied:     ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ 2 |λ| max_j w_j
         untied:   ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ (|λ| + |λ₀|) max_j w_j
 
-    All three are equal if the r normalised components coincide, those of the frozen copy are their
-    negatives, and each a_i is zero at every j where w_j is not the largest. (Untied, λ and λ₀ need
-    the same sign.) With r = 1 and a constant w, a = −a₀ and b = b₀ is such a case. With r > 1 the
-    frozen components, drawn at random, do not coincide: training stays below the bound.
+    ‖ΔW‖_F reaches the bound only if all of this holds:
+
+    - the r normalised components coincide,
+    - those of the frozen copy are their negatives (untied and with λ < 0: the same as they),
+    - each a_i is zero at every j where w_j is not the largest.
+
+    For r = 1 and a constant w, a = −a₀ and b = b₀ is such a case. Otherwise the frozen components,
+    drawn at random, hardly ever meet these conditions, and ‖ΔW‖_F stays below the bound.
 
     **λ does not see the lengths of a_i and b_i.** Replace a_i by c·a_i with c > 0: its direction
     stays, so ΔW stays, and so do ∂ΔW/∂λ and the gradient of λ. And since ΔW does not change along
-    a_i, the gradient of a_i has no part along a_i, nor has that of b_i along b_i: it turns them.
+    a_i, the gradient of a_i has no part along a_i, nor has that of b_i along b_i: it asks for a
+    turn and for nothing else.
 
     As a parametrization it adapts what is no linear layer: an embedding, a convolution, the
     `in_proj_weight` of nn.MultiheadAttention (examples/anywhere.py):
@@ -152,11 +158,12 @@ class DeLoRA(nn.Module):
         weight: W (out, in), read for its shape and norms. A kernel of more dimensions is read as
             (out, the rest).
         r: number of components, 1 or more.
-        lambda_init: λ at the start, from 1e-30 to 1e30. With λ = 15 and 768 columns of equal norm,
-            ‖(λ/r) B Ξ A diag(w)‖_F can be 15/√768 = 0.54 of ‖W‖_F.
+        lambda_init: λ at the start, at least 1e-30 (at zero A and B would have no gradient) and
+            below 1e30. The first term starts at ‖(λ/r) B Ξ A diag(w)‖_F ≈ λ ‖W‖_F / √(r · in), if
+            the columns of W are about equal: for λ = 15, r = 8, in = 768 at 0.19 ‖W‖_F.
         weight_norm: "column": w_j = ‖W[:, j]‖. "frobenius": w_j = ‖W‖_F for every j (Eq. 8 as it
-            reads): there λ = 0.54 is as strong as 15 in the example above. None: w_j = 1 (Eq. 7);
-            only this can adapt W = 0.
+            reads): there λ/√in is as strong as λ is by column. None: w_j = 1 (Eq. 7); only this
+            can adapt W = 0.
         tie_lambda: what multiplies the frozen copy. True: λ, so that λ → 0 gives W. False: λ₀.
 
     The parameters are float32, or float64 if W is; ΔW is float32 or wider.
@@ -190,24 +197,28 @@ class DeLoRA(nn.Module):
 
         The whole equation is here, and everything else is computed from it.
 
-        Why not B = 0 for the start? Say that b_i = 0 contributes nothing. The first step, however
-        small, gives b_i a direction, and its term is at full strength at once: ‖ΔW‖ jumps from 0 to
-        about |λ|. (In this file it does not even leave: zero has a zero gradient.)
+        Why not B = 0 for the start? Suppose that b_i = 0 contributes nothing. The first step,
+        however small, gives b_i a direction, and its term has full strength at once: for w = 1
+        ‖ΔW‖ jumps from 0 to |λ| if r = 1, to about |λ| / √r in general. (Here B would not even
+        leave zero, since the gradient of a zero is zero.)
 
         Why not subtract the two terms as they stand? Write Â for A with unit rows, B̂ for B with
-        unit columns. The products B̂Â and B̂₀Â₀ of equal factors cancel only if both are rounded
-        alike. As terms of one sum, in a pair of rank 2r, they are rounded on the way. Compiled, one
-        of them may be fused into the subtraction (a fused multiply-add), and is then not rounded.
-        So it is the factors that are subtracted:
+        unit columns. As one product, B̂Â − B̂₀Â₀ = [B̂, −B̂₀] · [Â; Â₀]. ("," puts matrices side by
+        side, ";" one above the other.) At the start equal terms would have to cancel, but each sum
+        is rounded on its way, and what is left is not zero. Subtracting two finished products does
+        not help in general either: a compiler may fuse one of them into the subtraction, where it
+        is rounded differently. So it is the factors that are subtracted:
 
             B̂Â − B̂₀Â₀  =  (B̂ − B̂₀) Â + B̂₀ (Â − Â₀)  =  [B̂ − B̂₀, B̂₀] · [Â; Â − Â₀]
 
-        ("," puts matrices side by side, ";" one above the other.) At the start B̂ − B̂₀ and Â − Â₀
-        are differences of equal numbers, exactly zero in every dtype, and so is each product with
-        them, in whatever order it is summed: ΔW x = 0 to the bit. A and B have gradients there, by
-        Â and B̂₀; λ, if tied, has none before the first step. Untied it is likewise
+        At the start B̂ − B̂₀ and Â − Â₀ are differences of equal numbers, exactly zero in every
+        dtype, and zero is what they give in any product with finite numbers, in any order of
+        summing: ΔW x = 0 to the bit. λ multiplies the left factor, w / r the right one. Untied:
 
             λB̂Â − λ₀B̂₀Â₀  =  [λ(B̂ − B̂₀) + (λ − λ₀)B̂₀, λ₀B̂₀] · [Â; Â − Â₀]
+
+        What has a gradient at the start? With G = ∂L/∂ΔW · diag(w) / r, it is λ G Âᵀ for B̂ and
+        λ B̂₀ᵀ G for Â. The gradient of λ is zero, if tied; it comes with the first step.
         """
         # subtle: Â and Â₀ come from one array. If there were two, a compiler might sum their norms
         # in different orders. What is frozen is detached, in case of model.requires_grad_(True).
@@ -224,13 +235,13 @@ class DeLoRA(nn.Module):
 
     def delta_weight(self):
         """ΔW (out, in), in float32 or wider, with gradients."""
-        with _own_precision(self.A):
+        with _no_autocast(self.A):
             return torch.matmul(*self.factors())
 
     def norm_bound(self):
         """The bound on ‖ΔW‖_* now, a float: 2 |λ| max_j w_j, or (|λ| + |λ₀|) max_j w_j untied.
 
-        Under FSDP2 every process has to call it, and gets the same number.
+        Under FSDP2 it is collective: every process has to call it, and gets the same number.
         """
         lam0 = self.lam if self.lam0 is None else self.lam0
         bound = (self.lam.abs() + lam0.abs()) * self.w  # (in,)
@@ -291,9 +302,9 @@ def _weight_and_bias(layer):
     """W (out, in), and b (out,) or None, of a linear layer: read if possible, else measured.
 
     A linear layer maps zero to b, and row j of the identity to column j of W, plus b. The identity
-    is scaled by 1024, so that the sum with a large b is rounded less, measured in W. The inputs
-    have the dtype of the layer's first floating-point tensor: of W, or if W is stored as codes (a
-    quantised layer), of a bias or of scales; if there is none, torch's default.
+    is scaled by 1024, so that less of W is lost when a large b is added to it. The inputs have the
+    dtype of the layer's first floating-point tensor. In a quantised layer, where W is stored as
+    codes, that is the bias or the scales; if there is none, it is torch's default.
     """
     if _can_be_read(layer):
         return layer.weight, layer.bias
@@ -302,9 +313,9 @@ def _weight_and_bias(layer):
     _require_here("its weight", tensors)
     dtype = next(t.dtype for t in tensors if t.dtype in FLOATS)
     zero = torch.zeros(1, n_in, dtype=dtype, device=tensors[0].device)
-    with _own_precision(zero):
-        # subtle: an input that wants a gradient, though none is recorded. At another one some
-        # layers (bitsandbytes' 4-bit, on some CPUs) repack W, for inference only.
+    with _no_autocast(zero):
+        # subtle: the inputs require a gradient, though none is recorded. At an input that does not
+        # some layers (bitsandbytes' 4-bit, on some CPUs) repack W, for inference only.
         b = layer(zero.requires_grad_())
         if not torch.is_tensor(b):
             raise TypeError(
@@ -315,8 +326,8 @@ def _weight_and_bias(layer):
             x = 1024 * nn.functional.one_hot(j, n_in).to(zero)  # (≤ 256, in)
             W[:, j] = (layer(x.requires_grad_()) - b).T / 1024
         y = layer((zero - 2).requires_grad_())
-    # Is it linear? Then one more input, all −2, gives b − 2 Σ_j W[:, j], up to rounding, which a
-    # quantised layer does inside and coarsely: errors of its terms add up like a 2-norm.
+    # Is it linear? Then one more input, all −2, gives b − 2 Σ_j W[:, j]. What a quantised layer
+    # rounds inside, coarsely, adds up like a 2-norm: a sixteenth of that is allowed.
     if not ((y - b + 2 * W.sum(dim=1)).abs() <= (2 * W.norm(dim=1) + b.abs()) / 16).all():
         raise TypeError(f"{type(layer).__name__} is not linear, or not finite")
     return W, b[0] if b.any() else None
@@ -378,11 +389,11 @@ class DeLoRALinear(nn.Module):
         y = self.base_layer(x)  # (..., out)
         if not self.enabled:
             return y
-        with _own_precision(x):  # y's dtype, be it autocast's or the base layer's choice, is kept
+        with _no_autocast(x):  # y's dtype, be it autocast's or the base layer's choice, is kept
             left, right = self.delora.factors()  # (out, 2r), (2r, in)
             h = nn.functional.linear(self.dropout(x).to(y.dtype), right.to(y.dtype))  # (..., 2r)
             total = nn.functional.linear(h, left.to(y.dtype))  # (..., out)
-            total += y  # in place, to save an array of y's size; into y itself must not be written
+            total += y  # in place, to save an array of y's size; y itself is the base layer's
         return total
 
     @property
@@ -404,8 +415,8 @@ class DeLoRALinear(nn.Module):
     def merged(self):
         """A new frozen nn.Linear with weight W + ΔW in W's dtype. It shares no tensor with this.
 
-        Where W is measured, as of a Conv1D or a quantised layer, that is the dtype of measuring.
-        The weight is (out, in) also for a Conv1D.
+        Where W is measured, as of a Conv1D or a quantised layer, it has the dtype it was measured
+        in. The weight is (out, in) also for a Conv1D.
         """
         weight, bias = _weight_and_bias(self.base_layer)
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
@@ -420,8 +431,8 @@ class DeLoRALinear(nn.Module):
 
 
 def _modules(model, kind=nn.Module):
-    """The modules of that kind, by each of their names. What adapters wrap is left out."""
-    wrapped = {m.base_layer for m in model.modules() if isinstance(m, DeLoRALinear)}
+    """{name: module} of that kind, under every name a module has. Wrapped layers are left out."""
+    wrapped = {m.base_layer for m in model.modules() if isinstance(m, DeLoRALinear)}  # passed over
     return {
         name: m
         for name, m in model.named_modules(wrapped, remove_duplicate=False)
@@ -523,7 +534,7 @@ def inject(model, target_modules, r=8, lambda_init=15.0, *, exclude=(), **option
     linear = []
     for name, module in modules.items():
         layers = [part for part in module.modules() if _features(part)]
-        if layers == [module] and not _adapter_parameters(module):  # contains no other
+        if layers == [module] and not _adapter_parameters(module):  # contains no other linear layer
             linear.append(name)
     names = _matching(target_modules, modules, linear)
     left_alone = {
@@ -556,7 +567,7 @@ def merge(model):
 
     The new layers have tensors of their own: where W was tied to an embedding, the embedding keeps
     W, and the two are no longer tied until `unmerge`. (What ties them again meanwhile, as Hugging
-    Face's `tie_weights` does, throws W + ΔW away.) It makes no difference if adapters are disabled.
+    Face's `tie_weights` does, throws W + ΔW away.) Disabled adapters are merged as well.
 
     A DeLoRA that is registered as a parametrization is merged by torch's own
     `remove_parametrizations(module, name, leave_parametrized=True)`. That writes into W itself: if
@@ -610,9 +621,9 @@ def unmerge(model, adapters):
 
 @contextmanager
 def disabled(model):
-    """Within this context no DeLoRALinear acts, as if nothing had been injected. It nests.
+    """Within this context no DeLoRALinear acts, as if nothing had been injected.
 
-    Parametrizations stay on: their weight is what the module computes with.
+    Parametrizations stay on. Contexts may be nested.
     """
     before = {
         adapter: adapter.enabled
@@ -630,10 +641,11 @@ def disabled(model):
 def param_groups(model, lr, lambda_lr=None, weight_decay=0.0):
     """Two groups for an optimiser: all that is trainable but λ, and λ at lambda_lr (None: at lr).
 
-    Weight decay acts on all but λ, which it would pull to zero. On A and B it is no regulariser,
-    since ΔW does not see their lengths. It changes how fast they turn: a gradient step is at right
-    angles to a_i or b_i, so it makes them longer, and a longer vector is turned less by the same
-    step. Their turning slows down by itself; weight decay keeps them short, and turning.
+    Both groups carry their weight decay, so that the optimiser's own default plays no part. λ has
+    none, which would pull it to zero. On A and B it is no regulariser, since ΔW does not see their
+    lengths. It changes how fast they turn. A step of SGD is at right angles to a_i or b_i, so it
+    makes them longer, and a longer vector is turned less by the same step. Their turning slows down
+    by itself; weight decay keeps them short, and turning.
 
     Raises:
         ValueError: there is no DeLoRA; or a weight under one is trainable, and W would move too.
@@ -669,7 +681,7 @@ def adapter_state_dict(model):
     Raises:
         TypeError, ValueError: there is no DeLoRA, or a tensor is sharded or on the meta device.
     """
-    model.state_dict()  # at this FSDP2 shards again what its last forward pass has put together
+    model.state_dict()  # makes FSDP2 shard again what its last forward pass has put together
     adapted = _require_some(_adapter_parameters(model))
     state = {}
     for key, p in model.named_parameters(remove_duplicate=False):
@@ -684,15 +696,15 @@ def load_adapter(model, state_dict):
 
     Linear layers that have no adapter yet get one: names, ranks and modes are read from the tensors
     (dropout is 0). Everything is frozen but the adapters, whatever else state_dict holds: to train
-    on, unfreeze a new head again.
+    on, unfreeze a new head again. Adapters from before stay as they were, trainable or not.
 
     Returns:
         Every DeLoRALinear of the model by name.
 
     Raises:
-        TypeError, ValueError: a tensor is missing, unknown, of another shape, not floating-point,
-            not finite, or differs from one that it is tied to; or the model's is sharded or on the
-            meta device. The message has the key, and the model is as it was.
+        TypeError, ValueError: a tensor of state_dict is missing, unknown, of another shape, not
+            floating-point, not finite, or differs from one that the model ties it to; or the model
+            is sharded or on the meta device. The message has the key, and the model is as it was.
 
     Warns if a w of the checkpoint is not what W has here: the adapter was made for another W.
     """
@@ -705,7 +717,7 @@ def load_adapter(model, state_dict):
             plan[layer] = name, {"r": len(A), "tie_lambda": f"{name}.delora.lam0" not in state_dict}
 
     with _adapting(model, plan), torch.no_grad():
-        here = model.state_dict(keep_vars=True)  # the parameters themselves: tied ones are one
+        here = model.state_dict(keep_vars=True)  # the parameters themselves: one for tied names
         for key in state_dict:
             if key not in here:
                 raise ValueError(
@@ -744,7 +756,7 @@ def load_adapter(model, state_dict):
             weight_norm = None if w[0] == 1 else "frobenius"
         adapter.delora.weight_norm = weight_norm
         own = _weight_norms(_weight_and_bias(adapter.base_layer)[0], weight_norm)  # (in,)
-        allowed = 0.05 if _can_be_read(adapter.base_layer) else 0.2  # codes are further off
+        allowed = 0.05 if _can_be_read(adapter.base_layer) else 0.2  # of W's codes, if measured
         if ((w - own).abs() > allowed * own.mean()).any():
             warnings.warn(
                 f"{name}: w has norm {w.norm():.4g} in the checkpoint, {own.norm():.4g} here. It "

@@ -3025,6 +3025,97 @@ def test_what_needs_adapters_says_so_when_there_are_none():
             call(Attention())
 
 
+# ------------------------------------------------------------------------- what the docstrings say
+
+
+@ours
+@pytest.mark.parametrize("mode", ["column", "frobenius"])
+def test_how_strong_lambda_is_at_the_start(mode):
+    """‖(λ/r) B Ξ A diag(w)‖_F ≈ λ ‖W‖_F / √(r · in): 0.19 ‖W‖_F for λ = 15, r = 8, in = 768."""
+    torch.manual_seed(0)
+    weight = torch.randn(512, 768)
+    strength = 15.0 if mode == "column" else 15.0 / 768**0.5
+    adapter = DeLoRA(weight, r=8, lambda_init=strength, weight_norm=mode)
+    left, right = adapter.factors()
+    learned = left[:, 8:] @ right[:8]  # λ B̂₀ Â, and at the start B̂ is B̂₀
+    # Components at random cross at an angle with a cosine of about 1/√512 · 1/√768, and there are
+    # r (r − 1) pairs beside r squares: a part of 7/√(512 · 768) of the square, if all had one sign.
+    assert abs(learned.norm() / weight.norm() - 0.19) < 0.19 * 7 / (512 * 768) ** 0.5 + 0.005
+
+
+@ours
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradients_at_the_start(tied):
+    """λ G Âᵀ for B̂ and λ B̂₀ᵀ G for Â, where G = ∂L/∂ΔW · diag(w) / r; none for λ, if tied."""
+    torch.manual_seed(0)
+    weight, slope = torch.randn(2, 5, 7, dtype=torch.float64)  # L = Σ slope · ΔW
+    adapter = DeLoRA(weight, r=3, tie_lambda=tied)
+    (adapter.delta_weight() * slope).sum().backward()
+    G = slope * adapter.w / 3  # (out, in)
+    with torch.no_grad():
+        A_hat = adapter.A / adapter.A.norm(dim=1, keepdim=True)
+        B_hat = adapter.B / adapter.B.norm(dim=0, keepdim=True)
+        of_A = adapter.lam * B_hat.T @ G
+        of_B = adapter.lam * G @ A_hat.T
+        # The gradient of a_i is that of â_i, without its part along â_i, over ‖a_i‖.
+        of_A = (of_A - (of_A * A_hat).sum(1, keepdim=True) * A_hat) / adapter.A.norm(dim=1)[:, None]
+        of_B = (of_B - (of_B * B_hat).sum(0, keepdim=True) * B_hat) / adapter.B.norm(dim=0)
+    torch.testing.assert_close(adapter.A.grad, of_A)
+    torch.testing.assert_close(adapter.B.grad, of_B)
+    assert (adapter.lam.grad == 0) == tied
+
+
+@ours
+@pytest.mark.parametrize("r", [1, 8])
+def test_from_zero_the_first_step_jumps_to_full_strength(r):
+    """Why B = 0 is no start: however short b_i is, ‖ΔW‖ is |λ| for r = 1, about |λ|/√r for more."""
+    torch.manual_seed(0)
+    adapter = DeLoRA(torch.randn(64, 768), r=r, lambda_init=15.0, weight_norm=None)
+    adapter.A0.data.zero_()
+    adapter.B0.data.zero_()
+    adapter.B.data.zero_()
+    assert adapter.delta_weight().norm() == 0
+    slope = torch.randn(64, 768)
+    adapter.B.data = 1e-9 * slope @ adapter.A.data.T  # a step of size 1e-9, if B had a gradient
+    # Pairs of components at random, as above, cross at 1/√64 · 1/√768.
+    part = (r - 1) / (64 * 768) ** 0.5
+    assert abs(adapter.delta_weight().norm() / (15 / r**0.5) - 1) <= part + 1e-5
+
+
+@ours
+def test_equal_terms_do_not_cancel_in_one_product():
+    """Why the factors are subtracted: [B̂, −B̂₀] · [Â; Â₀] is not zero at the start."""
+    torch.manual_seed(0)
+    adapter = DeLoRA(torch.randn(64, 768), r=8)
+    A_hat = adapter.A / adapter.A.norm(dim=1, keepdim=True)  # and Â₀ is the same
+    B_hat = adapter.B / adapter.B.norm(dim=0, keepdim=True)
+    naive = torch.cat((B_hat, -B_hat), dim=1) @ torch.cat((A_hat, A_hat))
+    assert 0 < naive.abs().max() < 1e-6
+    assert adapter.delta_weight().abs().max() == 0
+
+
+@ours
+def test_steps_of_sgd_lengthen_the_components_and_weight_decay_keeps_them_short():
+    """Longer ones turn less by the same step; the update does not see the lengths."""
+    turned, length = {}, {}
+    for decay in (0.0, 0.2):
+        torch.manual_seed(0)
+        adapter = DeLoRA(torch.randn(8, 8), r=1, weight_norm=None, lambda_init=1.0)
+        optimizer = torch.optim.SGD(param_groups(nn.Sequential(adapter), 0.5, 0.0, decay))
+        turned[decay] = 0.0
+        for _ in range(100):
+            before = adapter.A.detach().clone()
+            optimizer.zero_grad()
+            (adapter.delta_weight() * torch.randn(8, 8)).sum().backward()
+            optimizer.step()
+            if decay == 0:
+                assert adapter.A.norm() > before.norm()
+            cosine = nn.functional.cosine_similarity(adapter.A.detach(), before)
+            turned[decay] += 1 - cosine.item()
+        length[decay] = adapter.A.norm()
+    assert length[0.2] < length[0.0] and turned[0.2] > turned[0.0]
+
+
 @ours
 def test_the_public_names_are_those_of_the_module():
     assert delora.__all__ == [
