@@ -573,6 +573,8 @@ def test_the_zero_start_survives_a_cast(case, other):
 
 
 @given(case=new_layers(DTYPES[:2]), narrow=st.sampled_from(DTYPES[2:]))
+# Seen: aᵀx / (‖a‖ ‖b‖), where ‖b‖ = 0 is clamped, is ∞ in float16, and times zero not a number.
+@example(case=Case(n_in=1, n_out=2, r=1, dtype=torch.float32), narrow=torch.float16)
 def test_the_zero_start_survives_autocast(case, narrow):
     """layer(x) = W x + b, every bit of it, where torch.autocast chooses the precision (Eq. 9)."""
     layer, base = case.build()
@@ -838,6 +840,19 @@ def test_the_gradient_of_a_zero_component_is_zero(case, which):
     assert all(gradient.count_nonzero() == 0 for gradient in with_a_zero_component(case, which)[2])
 
 
+@ours
+@pytest.mark.parametrize("size", (1e-18, 1e-20, 1e-21, 3e-22, 1e-22, 3e-23, 1e-30))
+def test_components_whose_squares_underflow_stay_within_the_bound(size):
+    """They have their direction, or count as zero; a norm that came out too small is not used."""
+    torch.manual_seed(0)
+    layer = DeLoRA(torch.randn(6, 6), r=1, weight_norm=None)
+    for frozen in (layer.A0, layer.B0):
+        frozen.data.zero_()
+    for p in (layer.A, layer.B):
+        p.data.fill_(size)
+    assert layer.delta_weight().norm() <= layer.lam.item() * (1 + tol(torch.float32, 6))
+
+
 # ----------------------------------------------------------------------------- P5 λ, strength alone
 
 
@@ -1069,6 +1084,36 @@ def test_dropout_acts_in_training_alone_and_on_the_adapter_alone():
     assert same_bits(layer(x), layer(x)) and distance(layer(x), wanted) <= tol(
         torch.float32, 64, wanted
     )
+
+
+@ours
+def test_dropout_is_that_of_torch_once_on_the_input():
+    """In training layer(x) is W x + b + ΔW dropout(x), with the mask that F.dropout draws."""
+    torch.manual_seed(0)
+    layer, x = DeLoRALinear(nn.Linear(64, 32), 4, dropout=0.25), torch.randn(8, 64)
+    layer.delora.A.data.normal_()
+    torch.manual_seed(1)
+    found = layer(x)
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.25)
+    wanted = layer.base_layer(x) + F.linear(dropped, layer.delora.delta_weight())
+    assert distance(found, wanted) <= tol(torch.float32, 64, wanted)
+
+
+@ours
+def test_outputs_follow_the_parameters_in_evaluation_too():
+    """Nothing that was computed before a step is kept after it, without gradients neither."""
+    torch.manual_seed(0)
+    layer, x = DeLoRALinear(nn.Linear(6, 5), 2).eval(), torch.randn(3, 6)
+    for _ in range(2):
+        layer.delora.A.data.normal_()
+        layer.delora.B.data.normal_()
+        delta = layer.delora.delta_weight()
+        wanted = layer.base_layer(x) + F.linear(x, delta)
+        with torch.no_grad():
+            assert distance(layer(x), wanted) <= tol(torch.float32, 6, wanted)
+            weight = layer.base_layer.weight + delta
+            assert distance(layer.weight, weight) <= tol(torch.float32, 2, weight)
 
 
 @ours
@@ -2330,13 +2375,14 @@ class Int8Linear(nn.Module):
 
 @ours
 @pytest.mark.parametrize(
-    "kind", ("conv1d", "int8", "int8 without bias", "int8, wider than a block")
+    "kind",
+    ("conv1d", "a square conv1d", "int8", "int8 without bias", "int8, wider than a block"),
 )
 def test_layers_that_act_like_linear_are_adapted_and_merged(kind):
     torch.manual_seed(0)
     wide = 700 if "wider" in kind else 12
-    if kind == "conv1d":
-        base = Conv1D(12, 5)
+    if "conv1d" in kind:
+        base = Conv1D(12, 12 if "square" in kind else 5)
         weight, bias = base.weight.T, base.bias
     else:
         linear = nn.Linear(wide, 5, bias="without" not in kind)
