@@ -72,6 +72,7 @@ from experiments.common import (
     PRETRAINING_STEPS,
     QUICK_STEPS,
     Progress,
+    decay,
     english,
     loss_of,
     pretrained,
@@ -185,6 +186,7 @@ def train(model, optimizer, text, steps, rank, world):
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     progress = Progress("adapting", steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, decay(steps))
     model.train()
     for step in range(1, steps + 1):
         starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=generator).tolist()
@@ -193,6 +195,7 @@ def train(model, optimizer, text, steps, rank, world):
         loss = loss_of(model, windows)
         loss.backward()  # FSDP2 averages the gradients
         optimizer.step()
+        schedule.step()
         progress(step, loss.item())
     model.eval()
 
@@ -219,7 +222,7 @@ def main(args):
     if rank > 0:
         sys.stdout = io.StringIO()  # the first process speaks for all
     pretraining = QUICK_STEPS if args.quick else PRETRAINING_STEPS
-    steps, windows = (4, 16) if args.quick else (100, 128)
+    steps, windows = (10, 16) if args.quick else (100, 128)
     old, new = english()["valid"], python()["valid"]
 
     print("1. A model pretrained on English: one process makes it, the others read it")
