@@ -3163,6 +3163,132 @@ def test_steps_of_sgd_lengthen_the_components_and_weight_decay_keeps_them_short(
 
 
 @ours
+def test_the_defaults_are_those_of_the_docstring():
+    adapter = DeLoRA(torch.ones(3, 4))
+    assert adapter.A.shape == (8, 4) and adapter.lam.item() == 15 and adapter.lam0 is None
+
+
+@ours
+def test_a_vector_is_no_matrix():
+    with pytest.raises(ValueError, match="no matrix"):
+        DeLoRA(torch.ones(3))
+
+
+@ours
+def test_an_embedding_with_an_attribute_of_conv1d_is_no_linear_layer():
+    embedding = nn.Embedding(5, 3)
+    embedding.nf = 3
+    with pytest.raises(TypeError, match="no linear layer"):
+        DeLoRALinear(embedding)
+
+
+@ours
+def test_a_forward_that_was_put_on_one_layer_decides_what_its_weight_is():
+    """As offloading and other tools do, without a class of their own."""
+    torch.manual_seed(0)
+    base = nn.Linear(4, 3)
+    base.forward = lambda x: F.linear(x, 2 * base.weight, base.bias)
+    wanted = 2 * base.weight
+    rounding = tol(torch.float32, 1, wanted) + tol(torch.float32, 1, base.bias)
+    assert distance(DeLoRALinear(base, 2).weight, wanted) <= rounding
+
+
+@ours
+def test_a_parametrized_weight_is_read_and_not_measured():
+    """Measured beside so large a bias, the weight would lose half of its digits."""
+    torch.manual_seed(0)
+    base = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    base.bias.data.fill_(1e7)
+    assert same_bits(DeLoRALinear(base, 2).weight, base.weight)
+
+
+@ours
+def test_one_output_that_is_not_linear_is_found_beside_large_ones():
+    class Half(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)  # (..., out)
+            return torch.cat((y[..., :1].abs(), y[..., 1:]), dim=-1)
+
+    base = Half(4, 3, bias=False)
+    base.weight.data[0] = 1e-3
+    base.weight.data[1:] = 1e3
+    with pytest.raises(TypeError, match="not linear"):
+        DeLoRALinear(base, 2)
+
+
+@ours
+def test_what_is_saved_hangs_on_no_graph():
+    model = nn.Sequential(nn.Linear(4, 3))
+    inject(model, ["0"], r=2)
+    assert not any(tensor.requires_grad for tensor in adapter_state_dict(model).values())
+
+
+@ours
+def test_a_module_with_a_state_that_is_no_tensor_may_stand_beside_the_adapter():
+    class Counter(nn.Identity):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    model = nn.Sequential(nn.Linear(4, 3), Counter())
+    fresh = copy.deepcopy(model)
+    inject(model, ["0"], r=2)["0"].delora.A.data.normal_()
+    load_adapter(fresh, adapter_state_dict(model))
+    x = torch.randn(2, 4)
+    assert same_bits(fresh(x), model(x))
+
+
+@ours
+def test_two_names_of_one_adapter_may_be_in_a_file_in_two_precisions():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3, dtype=torch.float64)
+    model = nn.ModuleDict({"first": layer, "second": layer})
+    inject(model, ["first", "second"], r=2)
+    state = adapter_state_dict(model)
+    wide = {key: value for key, value in state.items() if key.startswith("first")}
+    narrow = {key.replace("first", "second"): value.float() for key, value in wide.items()}
+    load_adapter(model, wide | narrow)
+    assert same_bits(model["second"].delora.A, state["first.delora.A"])
+
+
+@ours
+def test_an_adapter_of_one_column_loads():
+    model = nn.Sequential(nn.Linear(1, 3))
+    fresh = copy.deepcopy(model)
+    inject(model, ["0"], r=2)["0"].delora.A.data.normal_()
+    load_adapter(fresh, adapter_state_dict(model))
+    x = torch.randn(2, 1)
+    assert same_bits(fresh(x), model(x))
+
+
+@ours
+def test_an_adapter_of_zeros_is_no_adapter_of_another_base():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model[0].weight.data.zero_()
+    fresh = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="W is zero"):
+        inject(model, ["0"], r=2)
+    adapters = load_adapter(fresh, adapter_state_dict(model))  # any warning is an error here
+    assert adapters["0"].delora.norm_bound() == 0
+
+
+@ours
+def test_how_far_w_may_be_off_is_a_share_of_the_mean_norm():
+    """A twentieth: 7 % of a large column are too much, all of a tiny one is not."""
+    model = nn.Sequential(nn.Linear(3, 4))
+    model[0].weight.data.copy_(torch.tensor([1.0, 1.1, 1e-3]).expand(4, 3))
+    large, tiny = copy.deepcopy(model), copy.deepcopy(model)
+    inject(model, ["0"], r=2)
+    tiny[0].weight.data[:, 2] *= 2
+    load_adapter(tiny, adapter_state_dict(model))  # any warning is an error here
+    large[0].weight.data[:, 0] *= 1.07
+    with pytest.warns(UserWarning, match="w has norm"):
+        load_adapter(large, adapter_state_dict(model))
+
+
+@ours
 def test_the_public_names_are_those_of_the_module():
     assert delora.__all__ == [
         "DeLoRA",
