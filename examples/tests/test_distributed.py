@@ -536,10 +536,8 @@ def free_port():
 
 
 @needs_fsdp2
-@pytest.mark.parametrize(
-    "count",
-    (pytest.param(1, id="one node"), pytest.param(2, id="two nodes", marks=pytest.mark.slow)),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("count", (1, 2), ids=("one node", "two nodes"))
 def test_two_processes_train_save_once_and_one_reloads(count):
     torchrun = [
         "-m",

@@ -625,6 +625,7 @@ def loss_on_text(model: nn.Module, batch: slice = slice(0, 4)) -> Tensor:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
+@pytest.mark.slow
 def test_a_block_compiles_as_one_graph_forward_and_backward():
     torch.manual_seed(0)
     block, x = common.Block(), torch.randn(2, 9, common.WIDTH)
