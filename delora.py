@@ -52,18 +52,6 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 
-__all__ = [
-    "DeLoRA",
-    "DeLoRALinear",
-    "inject",
-    "merge",
-    "unmerge",
-    "disabled",
-    "param_groups",
-    "adapter_state_dict",
-    "load_adapter",
-]
-
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -107,7 +95,7 @@ def _weight_norms(weight, weight_norm):
 
 
 def _frozen(value):
-    """A copy that is not trained, as a Parameter: FSDP2 shards these, and no buffers."""
+    """A copy that is not trained: a Parameter and no buffer, since FSDP2 shards only parameters."""
     return nn.Parameter(value.detach().clone(), requires_grad=False)
 
 
@@ -134,14 +122,16 @@ class DeLoRA(nn.Module):
         tied:     ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ 2 |λ| max_j w_j
         untied:   ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ (|λ| + |λ₀|) max_j w_j
 
-    ‖ΔW‖_F reaches the bound only if all of this holds:
+    Unless λ (untied: or λ₀) or w is zero, ‖ΔW‖_F reaches the bound only if all of this holds:
 
     - the r normalised components coincide,
-    - those of the frozen copy are their negatives (untied and with λ < 0: the same as they),
+    - those of the frozen copy are their negatives (untied with λ < 0: they are equal to them),
     - each a_i is zero at every j where w_j is not the largest.
 
     For r = 1 and a constant w, a = −a₀ and b = b₀ is such a case. Otherwise the frozen components,
-    drawn at random, hardly ever meet these conditions, and ‖ΔW‖_F stays below the bound.
+    drawn at random, hardly ever meet these conditions, and ‖ΔW‖_F stays below the bound. (‖ΔW‖_*
+    reaches it in other cases too: for a constant w, if all the a_i and rows of A₀ are orthogonal to
+    each other, and all the b_i and columns of B₀.)
 
     **λ does not see the lengths of a_i and b_i.** Replace a_i by c·a_i with c > 0: its direction
     stays, so ΔW stays, and so do ∂ΔW/∂λ and the gradient of λ. And since ΔW does not change along
@@ -184,7 +174,7 @@ class DeLoRA(nn.Module):
         self.A = nn.Parameter(w.new_empty(r, len(w)))  # (r, in)
         self.B = nn.Parameter(w.new_empty(len(weight), r))  # (out, r)
         self.lam = nn.Parameter(w.new_full((1,), lambda_init))  # (1,)
-        for p in (self.A, self.B):  # uniform in ±1/√in and ±1/√r, as the authors draw them
+        for p in (self.A, self.B):  # as the authors: a = √5 is uniform in ±1/√in, B in ±1/√r
             nn.init.kaiming_uniform_(p, a=5**0.5)
         self.A0 = _frozen(self.A)  # (r, in)
         self.B0 = _frozen(self.B)  # (out, r)
@@ -197,10 +187,10 @@ class DeLoRA(nn.Module):
 
         The whole equation is here, and everything else is computed from it.
 
-        Why not B = 0 for the start? Suppose that b_i = 0 contributes nothing. The first step,
-        however small, gives b_i a direction, and its term has full strength at once: for w = 1
-        ‖ΔW‖ jumps from 0 to |λ| if r = 1, to about |λ| / √r in general. (Here B would not even
-        leave zero, since the gradient of a zero is zero.)
+        Why not B = 0 for the start? By the rule of `_unit` a b_i = 0 contributes nothing and has
+        no gradient, so B would stay zero for ever. With a rule that gives it a gradient, the first
+        step, however small, gives b_i a direction, and its term has full strength at once: for
+        w = 1 ‖ΔW‖ jumps from 0 to |λ| if r = 1, to about |λ| / √r in general.
 
         Why not subtract the two terms as they stand? Write Â for A with unit rows, B̂ for B with
         unit columns. As one product, B̂Â − B̂₀Â₀ = [B̂, −B̂₀] · [Â; Â₀]. ("," puts matrices side by
@@ -211,14 +201,18 @@ class DeLoRA(nn.Module):
 
             B̂Â − B̂₀Â₀  =  (B̂ − B̂₀) Â + B̂₀ (Â − Â₀)  =  [B̂ − B̂₀, B̂₀] · [Â; Â − Â₀]
 
-        At the start B̂ − B̂₀ and Â − Â₀ are differences of equal numbers, exactly zero in every
-        dtype, and zero is what they give in any product with finite numbers, in any order of
-        summing: ΔW x = 0 to the bit. λ multiplies the left factor, w / r the right one. Untied:
+        At the start B̂ − B̂₀ and Â − Â₀ are differences of equal numbers (the results of divisions,
+        which no compiler fuses), exactly zero in every dtype. Zero is what they give in any product
+        with finite numbers, in any order of summing: ΔW x = 0 to the bit.
+
+        λ multiplies the left factor, w / r the right one. Untied, the left one is not λB̂ − λ₀B̂₀,
+        where one product could be fused again, but once more made of differences of equal numbers:
 
             λB̂Â − λ₀B̂₀Â₀  =  [λ(B̂ − B̂₀) + (λ − λ₀)B̂₀, λ₀B̂₀] · [Â; Â − Â₀]
 
-        What has a gradient at the start? With G = ∂L/∂ΔW · diag(w) / r, it is λ G Âᵀ for B̂ and
-        λ B̂₀ᵀ G for Â. The gradient of λ is zero, if tied; it comes with the first step.
+        What has a gradient at the start? Let G = ∂L/∂ΔW · diag(w) / r for a loss L. Then ∂L/∂B̂ is
+        λ G Âᵀ and ∂L/∂Â is λ B̂₀ᵀ G, and through the divisions they reach B and A. ∂L/∂λ is zero if
+        tied, and comes with the first step; untied it is the sum of the entries of G ∘ B̂₀Â.
         """
         # subtle: Â and Â₀ come from one array. If there were two, a compiler might sum their norms
         # in different orders. What is frozen is detached, in case of model.requires_grad_(True).
@@ -244,7 +238,7 @@ class DeLoRA(nn.Module):
         Under FSDP2 it is collective: every process has to call it, and gets the same number.
         """
         lam0 = self.lam if self.lam0 is None else self.lam0
-        bound = (self.lam.abs() + lam0.abs()) * self.w  # (in,)
+        bound = (abs(self.lam) + abs(lam0)) * self.w  # (in,)
         if hasattr(bound, "full_tensor"):  # a DTensor: each process has a part
             bound = bound.full_tensor()
         return bound.max().item()
@@ -269,7 +263,7 @@ class DeLoRA(nn.Module):
 def _features(layer):
     """(in, out) of nn.Linear and of what has its sizes, None for any other module."""
     if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # Hugging Face's, W is (in, out)
-        return tuple(layer.weight.shape)
+        return layer.weight.shape
     n_in = getattr(layer, "in_features", None)
     n_out = getattr(layer, "out_features", None)
     if isinstance(n_in, Integral) and isinstance(n_out, Integral):
@@ -294,17 +288,19 @@ def _can_be_read(layer):
     for name in ("weight", "bias"):
         if name not in layer._parameters and not nn.utils.parametrize.is_parametrized(layer, name):
             return False  # computed by a hook, before each forward
-    return not hasattr(layer.weight, "__tensor_flatten__")  # packed, as by quantising, or sharded
+    # a subclass of Tensor that is made of others: packed, as by quantising, or sharded
+    return not hasattr(layer.weight, "__tensor_flatten__")
 
 
 @torch.no_grad()
 def _weight_and_bias(layer):
     """W (out, in), and b (out,) or None, of a linear layer: read if possible, else measured.
 
-    A linear layer maps zero to b, and row j of the identity to column j of W, plus b. The identity
-    is scaled by 1024, so that less of W is lost when a large b is added to it. The inputs have the
-    dtype of the layer's first floating-point tensor. In a quantised layer, where W is stored as
-    codes, that is the bias or the scales; if there is none, it is torch's default.
+    A linear layer maps zero to b, row j of the identity to b plus column j of W, and minus that row
+    to b minus column j. The identity is scaled by 512, so that less of W is lost where b is large.
+    What is measured is as exact as the layer's own rounding. The inputs have the dtype of the
+    layer's first floating-point tensor. In a quantised layer, where W is stored as codes, that is
+    the bias or the scales; if there is none, it is torch's default.
     """
     if _can_be_read(layer):
         return layer.weight, layer.bias
@@ -312,23 +308,24 @@ def _weight_and_bias(layer):
     tensors = [*layer.parameters(), *layer.buffers(), torch.empty(0)]
     _require_here("its weight", tensors)
     dtype = next(t.dtype for t in tensors if t.dtype in FLOATS)
-    zero = torch.zeros(1, n_in, dtype=dtype, device=tensors[0].device)
-    with _no_autocast(zero):
-        # subtle: the inputs require a gradient, though none is recorded. At an input that does not
-        # some layers (bitsandbytes' 4-bit, on some CPUs) repack W, for inference only.
-        b = layer(zero.requires_grad_())
+    x = torch.zeros(1, n_in, dtype=dtype, device=tensors[0].device)
+    with _no_autocast(x):
+        # subtle: the inputs require a gradient, though none is recorded. Given one that requires
+        # none, some layers (bitsandbytes' 4-bit, on some CPUs) repack W, for inference only.
+        b = layer(x.requires_grad_())
         if not torch.is_tensor(b):
             raise TypeError(
                 f"{type(layer).__name__} is not linear: it returns a {type(b).__name__}"
             )
         W = b.new_empty(n_out, n_in)
         for j in torch.arange(n_in).split(256):  # not all at once, to save memory
-            x = 1024 * nn.functional.one_hot(j, n_in).to(zero)  # (≤ 256, in)
-            W[:, j] = (layer(x.requires_grad_()) - b).T / 1024
-        y = layer((zero - 2).requires_grad_())
-    # Is it linear? Then one more input, all −2, gives b − 2 Σ_j W[:, j]. What a quantised layer
-    # rounds inside, coarsely, adds up like a 2-norm: a sixteenth of that is allowed.
-    if not ((y - b + 2 * W.sum(dim=1)).abs() <= (2 * W.norm(dim=1) + b.abs()) / 16).all():
+            rows = 512 * nn.functional.one_hot(j, n_in).to(x)  # (≤ 256, in)
+            W[:, j] = (layer(rows.requires_grad_()) - layer((-rows).requires_grad_())).T / 1024
+        # Is it linear? Then one more input, −1, 1, −1, ..., gives what W and b do. What the layer
+        # rounds inside adds up like the 2-norm of a row of W: a sixteenth of that is allowed.
+        rows.fill_(1)[:, ::2] = -1
+        error = layer(rows) - b - rows.to(b) @ W.T
+    if not (abs(error) <= (W.norm(dim=1) + abs(b)) / 16).all():
         raise TypeError(f"{type(layer).__name__} is not linear, or not finite")
     return W, b[0] if b.any() else None
 
@@ -372,8 +369,8 @@ class DeLoRALinear(nn.Module):
             raise TypeError(f"{type(base_layer).__name__} is adapted already")
         if not _features(base_layer):
             raise TypeError(
-                f"{type(base_layer).__name__} is no linear layer: exclude it, or adapt it as "
-                "examples/anywhere.py does"
+                f"{type(base_layer).__name__} is no linear layer: exclude it, or see "
+                "examples/anywhere.py"
             )
         weight, _ = _weight_and_bias(base_layer)  # (out, in)
         self.base_layer = base_layer
@@ -391,9 +388,10 @@ class DeLoRALinear(nn.Module):
             return y
         with _no_autocast(x):  # y's dtype, be it autocast's or the base layer's choice, is kept
             left, right = self.delora.factors()  # (out, 2r), (2r, in)
+            # the factors, whose differences were taken in float32, are rounded to y's dtype last
             h = nn.functional.linear(self.dropout(x).to(y.dtype), right.to(y.dtype))  # (..., 2r)
             total = nn.functional.linear(h, left.to(y.dtype))  # (..., out)
-            total += y  # in place, to save an array of y's size; y itself is the base layer's
+            total += y  # in place, to save an array of y's size; others may hold y, so y stays
         return total
 
     @property
@@ -415,8 +413,8 @@ class DeLoRALinear(nn.Module):
     def merged(self):
         """A new frozen nn.Linear with weight W + ΔW in W's dtype. It shares no tensor with this.
 
-        Where W is measured, as of a Conv1D or a quantised layer, it has the dtype it was measured
-        in. The weight is (out, in) also for a Conv1D.
+        Where W is measured, as of a Conv1D or a quantised layer, it has the dtype and the exactness
+        of the measurement. The weight is (out, in) also for a Conv1D.
         """
         weight, bias = _weight_and_bias(self.base_layer)
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
@@ -432,10 +430,10 @@ class DeLoRALinear(nn.Module):
 
 def _modules(model, kind=nn.Module):
     """{name: module} of that kind, under every name a module has. Wrapped layers are left out."""
-    wrapped = {m.base_layer for m in model.modules() if isinstance(m, DeLoRALinear)}  # passed over
+    wrapped = {m.base_layer for m in model.modules() if isinstance(m, DeLoRALinear)}
     return {
         name: m
-        for name, m in model.named_modules(wrapped, remove_duplicate=False)
+        for name, m in model.named_modules(wrapped, remove_duplicate=False)  # wrapped: not entered
         if isinstance(m, kind)
     }
 
@@ -499,7 +497,7 @@ def _matching(patterns, modules, linear):
             raise ValueError(
                 f"{pattern!r} matches nothing. In a list it is a name, or its end from a dot on; "
                 "as a string it is 'all-linear' or a regular expression for the whole name of a "
-                f"linear layer. These end in {sorted({n.rpartition('.')[2] for n in linear})}"
+                f"linear layer. Those here end in {sorted({n.rpartition('.')[2] for n in linear})}"
             )
     return set().union(*found.values())
 
@@ -571,7 +569,7 @@ def merge(model):
 
     A DeLoRA that is registered as a parametrization is merged by torch's own
     `remove_parametrizations(module, name, leave_parametrized=True)`. That writes into W itself: if
-    a head here is tied to it, `merge` comes first.
+    W is tied to a layer with an adapter, `merge` comes first, or that layer's W changes too.
 
     Returns:
         The adapters by name, for `unmerge`.
@@ -598,7 +596,8 @@ def unmerge(model, adapters):
     They come to the device and the training mode that the merged layers have now.
 
     Raises:
-        ValueError: a name has no adapter, or no merged layer for it. The model is as it was.
+        ValueError: a name has no adapter here, or no plain nn.Linear of its size there. The model
+            is as it was.
     """
     modules = _modules(model)
     back = {}
@@ -642,7 +641,7 @@ def param_groups(model, lr, lambda_lr=None, weight_decay=0.0):
     """Two groups for an optimiser: all that is trainable but λ, and λ at lambda_lr (None: at lr).
 
     Both groups carry their weight decay, so that the optimiser's own default plays no part. λ has
-    none, which would pull it to zero. On A and B it is no regulariser, since ΔW does not see their
+    none: decay would pull it to zero. On A and B it is no regulariser, since ΔW does not see their
     lengths. It changes how fast they turn. A step of SGD is at right angles to a_i or b_i, so it
     makes them longer, and a longer vector is turned less by the same step. Their turning slows down
     by itself; weight decay keeps them short, and turning.
@@ -655,7 +654,7 @@ def param_groups(model, lr, lambda_lr=None, weight_decay=0.0):
     adapted = _require_some(_adapter_parameters(model))
     strengths = {}
     for name, module in model.named_modules():
-        for delora in module.children():
+        for delora in module.children():  # module holds W beside it
             if not isinstance(delora, DeLoRA):
                 continue
             for leaf, p in module.named_parameters():
@@ -702,11 +701,13 @@ def load_adapter(model, state_dict):
         Every DeLoRALinear of the model by name.
 
     Raises:
-        TypeError, ValueError: a tensor of state_dict is missing, unknown, of another shape, not
-            floating-point, not finite, or differs from one that the model ties it to; or the model
-            is sharded or on the meta device. The message has the key, and the model is as it was.
+        TypeError, ValueError: a tensor of state_dict is unknown, of another shape, or differs from
+            one that the model ties it to; an adapter's is missing, not floating-point or not
+            finite; or the model is sharded or on the meta device. The message has the key, and the
+            model is as it was.
 
-    Warns if a w of the checkpoint is not what W has here: the adapter was made for another W.
+    Warns if the w of a DeLoRALinear is not the norms that W has here, to 5 % of their mean (20 % if
+    W is measured, as when quantised): the adapter was made for another W.
     """
     if not isinstance(state_dict, dict):
         raise TypeError(f"expected a dict, as of torch.load(path), got {state_dict!r:.99}")
@@ -717,13 +718,13 @@ def load_adapter(model, state_dict):
             plan[layer] = name, {"r": len(A), "tie_lambda": f"{name}.delora.lam0" not in state_dict}
 
     with _adapting(model, plan), torch.no_grad():
-        here = model.state_dict(keep_vars=True)  # the parameters themselves: one for tied names
+        here = model.state_dict(keep_vars=True)  # the parameters themselves: tied names share one
         for key in state_dict:
             if key not in here:
                 raise ValueError(
                     f"{key}: the model has nothing of that name. A new adapter needs a linear "
-                    f"layer and {key.rpartition('.')[0]}.A; a parametrization is registered before "
-                    "loading. 'module.' comes from DistributedDataParallel and '_orig_mod.' from "
+                    f"layer and {key.rpartition('.')[0]}.A; a parametrization is registered first. "
+                    "'module.' comes from DistributedDataParallel, '_orig_mod.' from "
                     "torch.compile: save what is inside. 'lora_' is LoRA's, 'base_model.model.' is "
                     "PEFT's: see examples/peft_checkpoints.py"
                 )
@@ -746,20 +747,22 @@ def load_adapter(model, state_dict):
             first = values.setdefault(p, value)  # what p will be by the first of its names
             if first is not value and (first.to(value) != value).any():
                 raise ValueError(f"{key}: tied in the model, not in the checkpoint")
+        adapters = _modules(model, DeLoRALinear)
+        for name, adapter in adapters.items():
+            w = values[adapter.delora.w].cpu()
+            weight_norm = "column"
+            if (w == w[0]).all():  # no tensor says what weight_norm was, but w tells
+                weight_norm = None if w[0] == 1 else "frobenius"
+            weight, _ = _weight_and_bias(adapter.base_layer)
+            own = _weight_norms(values.get(weight, weight), weight_norm).cpu()  # (in,)
+            # A quantised W, which is measured, is further from the W that was adapted elsewhere.
+            allowed = 0.05 if _can_be_read(adapter.base_layer) else 0.2
+            if (abs(w - own) > allowed * own.mean()).any():
+                warnings.warn(
+                    f"{name}: w has norm {w.norm():.4g} in the checkpoint, {own.norm():.4g} here: "
+                    "another base model, or weights were loaded or merged after it was made"
+                )
+            adapter.delora.weight_norm = weight_norm
         for p, value in values.items():
             p.copy_(value)
-
-    adapters = _modules(model, DeLoRALinear)
-    for name, adapter in adapters.items():
-        w, weight_norm = adapter.delora.w, "column"
-        if (w == w[0]).all():  # no tensor says what weight_norm was, but w tells
-            weight_norm = None if w[0] == 1 else "frobenius"
-        adapter.delora.weight_norm = weight_norm
-        own = _weight_norms(_weight_and_bias(adapter.base_layer)[0], weight_norm)  # (in,)
-        allowed = 0.05 if _can_be_read(adapter.base_layer) else 0.2  # of W's codes, if measured
-        if ((w - own).abs() > allowed * own.mean()).any():
-            warnings.warn(
-                f"{name}: w has norm {w.norm():.4g} in the checkpoint, {own.norm():.4g} here. It "
-                "is for another base model, or weights were loaded or merged after it was made"
-            )
     return adapters

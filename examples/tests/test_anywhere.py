@@ -223,7 +223,7 @@ def test_a_checkpoint_gives_the_same_outputs_bit_for_bit(tmp_path):
     moved(adapted(model))
     torch.save(adapter_state_dict(model), tmp_path / "adapter.pt")
     state = torch.load(tmp_path / "adapter.pt", weights_only=True)
-    with pytest.raises(ValueError, match="a parametrization is registered before loading"):
+    with pytest.raises(ValueError, match="a parametrization is registered first"):
         load_adapter(fresh, state)
     register(fresh)
     assert set(load_adapter(fresh, state)) == {"head"}
