@@ -68,9 +68,9 @@ def _wide(value):
 def _unit(v, dim):
     """v / ‖v‖ along dim. Zero has no direction: v / ∞ leaves it zero, and gives it a zero gradient.
 
-    A vector shorter than 1e-19 in float32 is treated like zero. Its squares may underflow, and then
-    its norm comes out too small and v / ‖v‖ too long. (Where squares overflow, the norm is ∞ by
-    itself, and v / ‖v‖ zero.)
+    A vector shorter than 1e-19 in float32 is treated like zero. The squares of its entries may
+    underflow, so that its norm comes out too small and v / ‖v‖ too long. (Where squares overflow,
+    the norm is ∞ by itself, and v / ‖v‖ zero.)
     """
     v = _wide(v)
     norm = v.norm(dim=dim, keepdim=True)
@@ -79,11 +79,8 @@ def _unit(v, dim):
 
 def _weight_norms(weight, weight_norm):
     """w (in,) of a weight (out, in). `DeLoRA` says what weight_norm means."""
-    squares = 0
-    for rows in weight.detach().split(256):  # in blocks: float32 copies of W would need memory
-        squares += _wide(rows).square().sum(dim=0)  # (in,)
-    column = squares.sqrt()
-    if not (column.is_meta or column.isfinite().all()):
+    column = _wide(weight.detach()).norm(dim=0)  # (in,)
+    if not (column.is_meta or column.norm().isfinite()):
         raise ValueError("the weight is not finite, or its norms are not")
     if weight_norm == "column":
         return column
@@ -122,16 +119,16 @@ class DeLoRA(nn.Module):
         tied:     ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ 2 |λ| max_j w_j
         untied:   ‖ΔW‖_F ≤ ‖ΔW‖_* ≤ (|λ| + |λ₀|) max_j w_j
 
-    Unless λ (untied: or λ₀) or w is zero, ‖ΔW‖_F reaches the bound only if all of this holds:
+    When is it attained? For r = 1 and a constant w, a = −a₀ and b = b₀ does it. In general ‖ΔW‖_F
+    reaches the bound only if all of this holds (λ, λ₀ and w not zero):
 
     - the r normalised components coincide,
     - those of the frozen copy are their negatives (untied with λ < 0: they are equal to them),
     - each a_i is zero at every j where w_j is not the largest.
 
-    For r = 1 and a constant w, a = −a₀ and b = b₀ is such a case. Otherwise the frozen components,
-    drawn at random, hardly ever meet these conditions, and ‖ΔW‖_F stays below the bound. (‖ΔW‖_*
-    reaches it in other cases too: for a constant w, if all the a_i and rows of A₀ are orthogonal to
-    each other, and all the b_i and columns of B₀.)
+    The frozen components, drawn at random, hardly ever allow that, and ‖ΔW‖_F stays below the
+    bound. (‖ΔW‖_* reaches it in other cases too: for a constant w, if all the a_i and rows of A₀
+    are orthogonal to each other, and all the b_i and columns of B₀.)
 
     **λ does not see the lengths of a_i and b_i.** Replace a_i by c·a_i with c > 0: its direction
     stays, so ΔW stays, and so do ∂ΔW/∂λ and the gradient of λ. And since ΔW does not change along
@@ -201,18 +198,20 @@ class DeLoRA(nn.Module):
 
             B̂Â − B̂₀Â₀  =  (B̂ − B̂₀) Â + B̂₀ (Â − Â₀)  =  [B̂ − B̂₀, B̂₀] · [Â; Â − Â₀]
 
-        At the start B̂ − B̂₀ and Â − Â₀ are differences of equal numbers (the results of divisions,
-        which no compiler fuses), exactly zero in every dtype. Zero is what they give in any product
-        with finite numbers, in any order of summing: ΔW x = 0 to the bit.
+        At the start B̂ − B̂₀ and Â − Â₀ are differences of equal numbers: of quotients, and unlike
+        products these have no fused form with a subtraction. They are exactly zero in every dtype,
+        and zero is what they give in any product with finite numbers, in any order of summing:
+        ΔW x = 0 to the bit.
 
         λ multiplies the left factor, w / r the right one. Untied, the left one is not λB̂ − λ₀B̂₀,
         where one product could be fused again, but once more made of differences of equal numbers:
 
             λB̂Â − λ₀B̂₀Â₀  =  [λ(B̂ − B̂₀) + (λ − λ₀)B̂₀, λ₀B̂₀] · [Â; Â − Â₀]
 
-        What has a gradient at the start? Let G = ∂L/∂ΔW · diag(w) / r for a loss L. Then ∂L/∂B̂ is
-        λ G Âᵀ and ∂L/∂Â is λ B̂₀ᵀ G, and through the divisions they reach B and A. ∂L/∂λ is zero if
-        tied, and comes with the first step; untied it is the sum of the entries of G ∘ B̂₀Â.
+        What has a gradient at the start? A and B do. λ does not if tied: its gradient comes with
+        the first step. In formulas, with G = ∂L/∂ΔW · diag(w) / r for a loss L: ∂L/∂B̂ = λ G Âᵀ and
+        ∂L/∂Â = λ B̂₀ᵀ G, which reach B and A through the divisions. ∂L/∂λ is zero if tied; untied it
+        is the sum of the entries of G ∘ B̂₀Â.
         """
         # subtle: Â and Â₀ come from one array. If there were two, a compiler might sum their norms
         # in different orders. What is frozen is detached, in case of model.requires_grad_(True).
@@ -297,10 +296,13 @@ def _weight_and_bias(layer):
     """W (out, in), and b (out,) or None, of a linear layer: read if possible, else measured.
 
     A linear layer maps zero to b, row j of the identity to b plus column j of W, and minus that row
-    to b minus column j. The identity is scaled by 512, so that less of W is lost where b is large.
-    What is measured is as exact as the layer's own rounding. The inputs have the dtype of the
-    layer's first floating-point tensor. In a quantised layer, where W is stored as codes, that is
-    the bias or the scales; if there is none, it is torch's default.
+    to b minus column j: in the difference b cancels. The identity is scaled by 512, so that less of
+    W is lost where b is large. What is measured is as exact as the layer's own rounding, and nobody
+    has to know how the layer stores W (Conv1D as its transpose).
+
+    The inputs have the dtype of the layer's first floating-point tensor. In a quantised layer,
+    where W is stored as codes, that is the bias or the scales; if there is none, it is torch's
+    default.
     """
     if _can_be_read(layer):
         return layer.weight, layer.bias
@@ -308,7 +310,7 @@ def _weight_and_bias(layer):
     tensors = [*layer.parameters(), *layer.buffers(), torch.empty(0)]
     _require_here("its weight", tensors)
     dtype = next(t.dtype for t in tensors if t.dtype in FLOATS)
-    x = torch.zeros(1, n_in, dtype=dtype, device=tensors[0].device)
+    x = torch.zeros(1, n_in).to(tensors[0].device, dtype)
     with _no_autocast(x):
         # subtle: the inputs require a gradient, though none is recorded. Given one that requires
         # none, some layers (bitsandbytes' 4-bit, on some CPUs) repack W, for inference only.
@@ -321,12 +323,13 @@ def _weight_and_bias(layer):
         for j in torch.arange(n_in).split(256):  # not all at once, to save memory
             rows = 512 * nn.functional.one_hot(j, n_in).to(x)  # (≤ 256, in)
             W[:, j] = (layer(rows.requires_grad_()) - layer((-rows).requires_grad_())).T / 1024
-        # Is it linear? Then one more input, −1, 1, −1, ..., gives what W and b do. What the layer
-        # rounds inside adds up like the 2-norm of a row of W: a sixteenth of that is allowed.
+        # Is it linear? Then one more input, −1, 1, −1, ..., gives what W and b do. (All rows are
+        # the same now.) What the layer rounds inside, once for each entry of a row of W, now up and
+        # now down, adds up like the 2-norm of that row: a sixteenth of that is allowed.
         rows.fill_(1)[:, ::2] = -1
         error = layer(rows) - b - rows.to(b) @ W.T
     if not (abs(error) <= (W.norm(dim=1) + abs(b)) / 16).all():
-        raise TypeError(f"{type(layer).__name__} is not linear, or not finite")
+        raise TypeError(f"{type(layer).__name__} is not linear, or not finite (try eval() first)")
     return W, b[0] if b.any() else None
 
 
@@ -433,7 +436,7 @@ def _modules(model, kind=nn.Module):
     wrapped = {m.base_layer for m in model.modules() if isinstance(m, DeLoRALinear)}
     return {
         name: m
-        for name, m in model.named_modules(wrapped, remove_duplicate=False)  # wrapped: not entered
+        for name, m in model.named_modules(wrapped, remove_duplicate=False)  # not entered
         if isinstance(m, kind)
     }
 
@@ -467,7 +470,7 @@ def _adapting(model, plan):
         for layer, (name, arguments) in plan.items():
             try:
                 new[layer] = DeLoRALinear(layer, **arguments)
-            except Exception as error:
+            except Exception as error:  # type and traceback stay
                 error.args = [f"{name or 'the model itself'}: {error}"]
                 raise
         _replace(model, new)
@@ -506,8 +509,9 @@ def inject(model, target_modules, r=8, lambda_init=15.0, *, exclude=(), **option
     """Replace the target layers by DeLoRALinear, in place, and freeze every other parameter.
 
     Args:
-        model: any module, with its pretrained weights: w is measured now. (A model that is wholly
-            on the meta device is adapted there; `load_state_dict(..., assign=True)` fills it.)
+        model: any module, with its pretrained weights: w is measured now. (nn.Linear layers of a
+            model that is wholly on the meta device are adapted there, and
+            `load_state_dict(..., assign=True)` fills them.)
         target_modules: a list of names. Each is a module's whole name, or its end from a dot on:
             "proj" means "layers.0.proj", not "layers.0.q_proj". Or a string: a regular expression
             for the whole name, of linear layers that have no adapter and contain no other linear
@@ -532,15 +536,15 @@ def inject(model, target_modules, r=8, lambda_init=15.0, *, exclude=(), **option
     linear = []
     for name, module in modules.items():
         layers = [part for part in module.modules() if _features(part)]
-        if layers == [module] and not _adapter_parameters(module):  # contains no other linear layer
+        # linear itself, without another linear layer in it, and not adapted
+        if layers == [module] and not _adapter_parameters(module):
             linear.append(name)
     names = _matching(target_modules, modules, linear)
     left_alone = {
         part for name in _matching(exclude, modules, linear) for part in modules[name].modules()
     }
-    options.update(r=r, lambda_init=lambda_init)
     plan = {
-        module: (name, options)
+        module: (name, dict(options, r=r, lambda_init=lambda_init))
         for name, module in modules.items()
         if name in names and module not in left_alone
     }
@@ -596,8 +600,8 @@ def unmerge(model, adapters):
     They come to the device and the training mode that the merged layers have now.
 
     Raises:
-        ValueError: a name has no adapter here, or no plain nn.Linear of its size there. The model
-            is as it was.
+        ValueError: a name has no adapter here, or no nn.Linear of its size in the model, which is
+            as it was.
     """
     modules = _modules(model)
     back = {}
@@ -651,14 +655,16 @@ def param_groups(model, lr, lambda_lr=None, weight_decay=0.0):
 
     Warns if adapters are stored in 16 bits, where small steps are lost in rounding.
     """
-    adapted = _require_some(_adapter_parameters(model))
+    _require_some(_adapter_parameters(model))
     strengths = {}
     for name, module in model.named_modules():
-        for delora in module.children():  # module holds W beside it
+        for delora in module.children():
             if not isinstance(delora, DeLoRA):
                 continue
+            # W is in the base_layer of a DeLoRALinear; torch calls it original if parametrized
             for leaf, p in module.named_parameters():
-                if p.requires_grad and p not in adapted and not leaf.endswith("bias"):
+                is_weight = leaf.startswith(("base_layer", "original")) and "bias" not in leaf
+                if p.requires_grad and is_weight:
                     raise ValueError(
                         f"{name}: {leaf} is trainable, and W would move beside ΔW. Freeze it, or "
                         f"train it without an adapter: inject(..., exclude=[{name!r}])"
@@ -680,7 +686,7 @@ def adapter_state_dict(model):
     Raises:
         TypeError, ValueError: there is no DeLoRA, or a tensor is sharded or on the meta device.
     """
-    model.state_dict()  # makes FSDP2 shard again what its last forward pass has put together
+    model.state_dict()  # not for its value: FSDP2 then shards again what a forward pass gathered
     adapted = _require_some(_adapter_parameters(model))
     state = {}
     for key, p in model.named_parameters(remove_duplicate=False):
@@ -690,20 +696,22 @@ def adapter_state_dict(model):
     return state
 
 
+@torch.no_grad()
 def load_adapter(model, state_dict):
     """Load what `adapter_state_dict` returned, into a pretrained model or into an adapted one.
 
     Linear layers that have no adapter yet get one: names, ranks and modes are read from the tensors
-    (dropout is 0). Everything is frozen but the adapters, whatever else state_dict holds: to train
-    on, unfreeze a new head again. Adapters from before stay as they were, trainable or not.
+    (dropout is 0). Every adapter that the model has already must be in state_dict, too. Everything
+    is frozen but the adapters, whatever else state_dict holds: to train on, unfreeze a new head
+    again. What was not trainable in an adapter before is not afterwards.
 
     Returns:
         Every DeLoRALinear of the model by name.
 
     Raises:
-        TypeError, ValueError: a tensor of state_dict is unknown, of another shape, or differs from
-            one that the model ties it to; an adapter's is missing, not floating-point or not
-            finite; or the model is sharded or on the meta device. The message has the key, and the
+        TypeError, ValueError: a tensor of state_dict is unknown, of another shape, sharded, on the
+            meta device (or the model's is), or differs from one that the model ties it to; or an
+            adapter's is missing, not floating-point or not finite. The message has the key, and the
             model is as it was.
 
     Warns if the w of a DeLoRALinear is not the norms that W has here, to 5 % of their mean (20 % if
@@ -717,7 +725,7 @@ def load_adapter(model, state_dict):
         if getattr(A, "ndim", 0) == 2 and not _adapter_parameters(layer):
             plan[layer] = name, {"r": len(A), "tie_lambda": f"{name}.delora.lam0" not in state_dict}
 
-    with _adapting(model, plan), torch.no_grad():
+    with _adapting(model, plan):
         here = model.state_dict(keep_vars=True)  # the parameters themselves: tied names share one
         for key in state_dict:
             if key not in here:
@@ -729,35 +737,38 @@ def load_adapter(model, state_dict):
                     "PEFT's: see examples/peft_checkpoints.py"
                 )
         adapted = _require_some(_adapter_parameters(model))
-        values = {}
+        values = {}  # {parameter or buffer: what it will be}. Nothing is written before all is seen
         for key, p in here.items():
             if not torch.is_tensor(p):
                 continue
-            value = state_dict.get(key, p)  # what p will be
-            if getattr(value, "shape", None) != p.shape:
+            value = state_dict.get(key, p)
+            if not torch.is_tensor(value) or value.shape != p.shape:
                 raise ValueError(
                     f"{key}: {getattr(value, 'shape', value)} in the file, {p.shape} here"
                 )
-            if p in adapted:
-                if key not in state_dict:
-                    raise ValueError(f"{key} is missing")
-                if value.dtype not in FLOATS or not value.isfinite().all():
-                    raise TypeError(f"{key} is no tensor of finite floating-point numbers")
+            if key in state_dict:
                 _require_here(key, [p, value])
-            first = values.setdefault(p, value)  # what p will be by the first of its names
+            elif p in adapted:
+                raise ValueError(f"{key} is missing")
+            if p in adapted and (value.dtype not in FLOATS or not value.isfinite().all()):
+                raise TypeError(f"{key} is no tensor of finite floating-point numbers")
+            first = values.setdefault(p, value)  # by the first of p's names
             if first is not value and (first.to(value) != value).any():
                 raise ValueError(f"{key}: tied in the model, not in the checkpoint")
         adapters = _modules(model, DeLoRALinear)
         for name, adapter in adapters.items():
             w = values[adapter.delora.w].cpu()
-            weight_norm = "column"
-            if (w == w[0]).all():  # no tensor says what weight_norm was, but w tells
-                weight_norm = None if w[0] == 1 else "frobenius"
+            likely = "column"  # no tensor says what weight_norm was, but w tells
+            if (w == w[0]).all():
+                likely = None if w[0] == 1 else "frobenius"
             weight, _ = _weight_and_bias(adapter.base_layer)
-            own = _weight_norms(values.get(weight, weight), weight_norm).cpu()  # (in,)
             # A quantised W, which is measured, is further from the W that was adapted elsewhere.
             allowed = 0.05 if _can_be_read(adapter.base_layer) else 0.2
-            if (abs(w - own) > allowed * own.mean()).any():
+            for weight_norm in ("column", likely):  # the norms of columns may be equal, too
+                own = _weight_norms(values.get(weight, weight), weight_norm).cpu()  # (in,)
+                if (abs(w - own) <= allowed * own.mean()).all():
+                    break
+            else:
                 warnings.warn(
                     f"{name}: w has norm {w.norm():.4g} in the checkpoint, {own.norm():.4g} here: "
                     "another base model, or weights were loaded or merged after it was made"

@@ -2838,6 +2838,35 @@ def test_a_checkpoint_of_the_whole_model_brings_its_own_base():
 
 
 @ours
+@pytest.mark.parametrize("mode", ("column", "frobenius", None))
+def test_columns_of_equal_norms_are_no_sign_of_another_mode(mode):
+    """As in orthogonal and in binary weights."""
+    torch.manual_seed(0)
+    for weight in (2 * torch.eye(8), 0.02 * torch.randn(8, 8).sign(), torch.full((8, 8), 0.1)):
+        pretrained = Attention()
+        pretrained.proj.weight.data.copy_(weight)
+        model = copy.deepcopy(pretrained)
+        inject(model, ["proj"], r=2, weight_norm=mode)
+        adapter = load_adapter(pretrained, adapter_state_dict(model))["proj"]  # no word
+        assert adapter.delora.weight_norm == mode
+
+
+@ours
+@pytest.mark.parametrize(
+    "value", ("text", None, torch.ones(8, 8).numpy(), torch.ones(8, 8).to("meta"))
+)
+def test_a_head_that_cannot_be_copied_is_refused_before_anything_is(value):
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
+    inject(model, ["body"], r=2)
+    state = adapter_state_dict(model) | {"head.weight": value}
+    state["body.delora.A"] += 1
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="^head.weight"):
+        load_adapter(model, state)
+    assert snapshot(model) == before
+
+
+@ours
 def test_a_load_that_fails_at_the_comparison_changes_nothing():
     """W is not finite any more; or warnings are errors."""
     torch.manual_seed(0)
@@ -3272,6 +3301,33 @@ def test_steps_of_sgd_lengthen_the_components_and_weight_decay_keeps_them_short(
             turned[decay] += 1 - cosine.item()
         length[decay] = adapter.A.norm()
     assert length[0.2] < length[0.0] and turned[0.2] > turned[0.0]
+
+
+@ours
+def test_a_module_of_ones_own_may_train_what_stands_beside_a_delora():
+    """Which of its parameters W is, only its author knows."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.W = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+            self.adapter = DeLoRA(self.W, r=2)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(x @ self.adapter(self.W).T)
+
+    model = Own()
+    others, strengths = param_groups(model, lr=0.1, lambda_lr=0.2)
+    wanted = {model.adapter.A, model.adapter.B, *model.head.parameters()}
+    assert set(others["params"]) == wanted and strengths["params"] == [model.adapter.lam]
+
+
+@ours
+def test_norms_that_overflow_are_refused_in_every_mode():
+    for mode in ("column", "frobenius", None):
+        with pytest.raises(ValueError, match="not finite, or its norms are not"):
+            DeLoRA(torch.full((1, 4), 3e38), weight_norm=mode)
 
 
 @ours

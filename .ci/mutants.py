@@ -216,7 +216,7 @@ KNOWN = {
         }
     },
     "the bound called lambda, without the column norms": {
-        "DeLoRA.norm_bound": {"(self.lam.abs() + lam0.abs()) * ANY": "self.lam.abs() + lam0.abs()"}
+        "DeLoRA.norm_bound": {"(abs(self.lam) + abs(lam0)) * ANY": "abs(self.lam) + abs(lam0)"}
     },
     "factors kept from the first call": {
         "DeLoRA.factors": {
@@ -349,7 +349,28 @@ KNOWN = {
         }
     },
     "measuring without subtracting the bias": {
-        "_weight_and_bias": {"layer(x.requires_grad_()) - b": "layer(x.requires_grad_())"}
+        "_weight_and_bias": {
+            "(layer(rows.requires_grad_()) - ANY).T / 1024": "layer(rows.requires_grad_()).T / 512"
+        }
+    },
+    "measuring from one side": {
+        "_weight_and_bias": {
+            "(layer(rows.requires_grad_()) - ANY).T / 1024": (
+                "(layer(rows.requires_grad_()) - b).T / 512"
+            )
+        }
+    },
+    "equal inputs for the proof that a layer is linear": {
+        "_weight_and_bias": {"rows.fill_(1)[:, ::2] = -1": "rows.fill_(-1)"}
+    },
+    "loaded before it is compared": {
+        "load_adapter": {
+            "adapters = _modules(model, DeLoRALinear)": """
+                adapters = _modules(model, DeLoRALinear)
+                for p, value in values.items():
+                    p.copy_(value)
+            """
+        }
     },
     # A model
     "merging into the tied tensor": {
@@ -385,11 +406,11 @@ KNOWN = {
     },
     "loading makes trainable what the file holds": {
         "load_adapter": {
-            "adapters = _modules(model, DeLoRALinear)": """
-                adapters = _modules(model, DeLoRALinear)
+            "return adapters": """
                 for key, p in model.named_parameters(remove_duplicate=False):
                     if key in state_dict and p not in _adapter_parameters(model):
                         p.requires_grad = True
+                return adapters
             """
         }
     },
@@ -911,7 +932,6 @@ SURVIVORS = {
     "_weight_norms: weight.detach()  ->  weight": (
         "autograd records what nobody differentiates; `_frozen` detaches the result"
     ),
-    "_weight_norms: weight.detach().split(256)  ->  weight.detach().split(255)": BLOCK,
     "_frozen: value.detach()  ->  value": "nn.Parameter detaches what it is given",
     "_no_autocast: 'cpu' if x.is_meta else x.device.type  ->  'cpu'": DEVICE,
     "DeLoRA.norm_bound: if hasattr(bound, 'full_tensor'): ...  ->  if False: ...": PROCESSES,
@@ -920,12 +940,10 @@ SURVIVORS = {
     ),
     "DeLoRA.norm_bound: bound.full_tensor()  ->  bound": PROCESSES,
     "_weight_and_bias: torch.empty(0)  ->  torch.empty(1)": "only its device and dtype are read",
-    "_weight_and_bias: torch.zeros(1, n_in, dtype=dtype, device=tensors[0].device)  ->  "
-    "torch.zeros(1, n_in, dtype=dtype)": DEVICE,
+    "_weight_and_bias: torch.zeros(1, n_in).to(tensors[0].device, dtype)  ->  "
+    "torch.zeros(1, n_in).to(dtype)": DEVICE,
     "_weight_and_bias: torch.arange(n_in).split(256)  ->  torch.arange(n_in).split(255)": BLOCK,
-    "_weight_and_bias: 2 * W.norm(dim=1)  ->  1 * W.norm(dim=1)": MARGIN,
-    "_weight_and_bias: (2 * W.norm(dim=1) + b.abs()) / 16  ->  "
-    "(2 * W.norm(dim=1) + b.abs()) / 15": MARGIN,
+    "_weight_and_bias: (W.norm(dim=1) + abs(b)) / 16  ->  (W.norm(dim=1) + abs(b)) / 15": MARGIN,
     "param_groups: delora.A.dtype.itemsize < 4  ->  delora.A.dtype.itemsize < 3": (
         "no dtype has three bytes"
     ),
