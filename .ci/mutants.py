@@ -251,10 +251,7 @@ KNOWN = {
     },
     # The norms of W
     "column norms of W along the wrong axis": {
-        "_weight_norms": {"ANY.sqrt()": "_wide(weight.detach()).norm(dim=1)"}
-    },
-    "column norms of the last block of rows only": {
-        "_weight_norms": {"squares += ANY": "squares = ANY"}
+        "_weight_norms": {"ANY.norm(dim=0)": "ANY.norm(dim=1)"}
     },
     "column norms taken anew after a merge": {
         "DeLoRALinear.merged": {
@@ -940,8 +937,6 @@ SURVIVORS = {
     ),
     "DeLoRA.norm_bound: bound.full_tensor()  ->  bound": PROCESSES,
     "_weight_and_bias: torch.empty(0)  ->  torch.empty(1)": "only its device and dtype are read",
-    "_weight_and_bias: torch.zeros(1, n_in).to(tensors[0].device, dtype)  ->  "
-    "torch.zeros(1, n_in).to(dtype)": DEVICE,
     "_weight_and_bias: torch.arange(n_in).split(256)  ->  torch.arange(n_in).split(255)": BLOCK,
     "_weight_and_bias: (W.norm(dim=1) + abs(b)) / 16  ->  (W.norm(dim=1) + abs(b)) / 15": MARGIN,
     "param_groups: delora.A.dtype.itemsize < 4  ->  delora.A.dtype.itemsize < 3": (
@@ -949,9 +944,6 @@ SURVIVORS = {
     ),
     "adapter_state_dict: model.state_dict()  ->  dropped": PROCESSES,
     "load_adapter: getattr(A, 'ndim', 0)  ->  getattr(A, 'ndim', 1)": "neither is 2",
-    "load_adapter: getattr(value, 'shape', None)  ->  getattr(value, 'shape', 0)": (
-        "neither is a shape"
-    ),
 }
 
 # {description: why it takes so long}
