@@ -656,7 +656,7 @@ def param_groups(model, lr, lambda_lr=None, weight_decay=0.0):
     Warns if adapters are stored in 16 bits, where small steps are lost in rounding.
     """
     _require_some(_adapter_parameters(model))
-    strengths = {}
+    strengths = {}  # {λ: its adapter's name}: each λ once, in the order of the model
     for name, module in model.named_modules():
         for delora in module.children():
             if not isinstance(delora, DeLoRA):
