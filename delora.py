@@ -79,7 +79,7 @@ def _unit(v, dim):
 
 def _weight_norms(weight, weight_norm):
     """w (in,) of a weight (out, in). `DeLoRA` says what weight_norm means."""
-    column = _wide(weight.detach()).norm(dim=0)  # (in,)
+    column = _wide(weight).square().sum(0).sqrt()  # (in,), on a CPU faster than norm(dim=0)
     if not (column.is_meta or column.norm().isfinite()):
         raise ValueError("the weight is not finite, or its norms are not")
     if weight_norm == "column":

@@ -251,7 +251,7 @@ KNOWN = {
     },
     # The norms of W
     "column norms of W along the wrong axis": {
-        "_weight_norms": {"ANY.norm(dim=0)": "ANY.norm(dim=1)"}
+        "_weight_norms": {"ANY.sum(0)": "ANY.sum(1)"}
     },
     "column norms taken anew after a merge": {
         "DeLoRALinear.merged": {
@@ -925,9 +925,6 @@ SURVIVORS = {
     "_unit: norm < torch.finfo(v.dtype).tiny ** 0.5  ->  "
     "norm <= torch.finfo(v.dtype).tiny ** 0.5": (
         "one number, at which it is as good to have a direction as to have none"
-    ),
-    "_weight_norms: weight.detach()  ->  weight": (
-        "autograd records what nobody differentiates; `_frozen` detaches the result"
     ),
     "_frozen: value.detach()  ->  value": "nn.Parameter detaches what it is given",
     "_no_autocast: 'cpu' if x.is_meta else x.device.type  ->  'cpu'": DEVICE,
