@@ -250,9 +250,7 @@ KNOWN = {
         }
     },
     # The norms of W
-    "column norms of W along the wrong axis": {
-        "_weight_norms": {"ANY.sum(0)": "ANY.sum(1)"}
-    },
+    "column norms of W along the wrong axis": {"_weight_norms": {"ANY.sum(0)": "ANY.sum(1)"}},
     "column norms taken anew after a merge": {
         "DeLoRALinear.merged": {
             "return ANY": """
