@@ -4,23 +4,30 @@
 # ///
 """Which implementation has which property of DeLoRA: the contract in test_delora.py, run on three.
 
-    python examples/conformance.py              the table in the README, in about a minute
-    python examples/conformance.py --quick      three of its rows, for CI
+    python examples/conformance.py                       the table in README, in about three minutes
+    python examples/conformance.py --quick               three of its rows, for CI
+    python examples/conformance.py --authors CHECKOUT    a fourth column: the authors' code, in a
+                                                         checkout of github.com/ExplainableML/DeLoRA
 
-delora.py, DeLoRA as PEFT has it, and plain LoRA are each described to the contract by four
-functions, as any other implementation can be; DELORA_SUBJECT=examples/conformance.py:PeftDeLoRA
-pytest test_delora.py runs one with all details. Plain LoRA is the control: it is no DeLoRA, so a
-contract that it passed would say nothing, and the script then fails. Its α is a parameter here and
-stands where DeLoRA has λ: ΔW = (α / r) B A.
+delora.py, DeLoRA as PEFT has it, and plain LoRA are each described to the contract, as any other
+layer can be: `OfClass` in test_delora.py says how.
 
-A cell has a tick; or the smallest layer at which the property did not hold, as Hypothesis found it;
-or a dash, where there is nothing to test. What is no tick is no verdict on somebody else's work,
-which has aims of its own. It is what was measured, with the versions below the table, and the cell
-can be pasted into the test to see it again.
+    DELORA_QUALITY=1 DELORA_SUBJECT=examples/conformance.py:PeftDeLoRA pytest test_delora.py
+
+runs one of them with all details. Plain LoRA is the control: it is no DeLoRA, so a contract that it
+passed would say nothing, and the script then fails. Its α is a parameter here, in the place of λ:
+ΔW = (α / r) B A.
+
+A cell has a tick; or the simplest case, in words, at which the property did not hold; or a dash,
+where the layer does not have what is tested. "Simplest" is what Hypothesis shrank a failure to.
+Where it drew none, and only a case that the test names by itself fails, the cell says "as seen".
+What is no tick is no verdict on somebody else's work, which has aims of its own. It is what was
+measured, with the versions below the table.
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -28,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -37,12 +45,17 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACT = ROOT / "test_delora.py"
-QUICK = "changes_no_bit or never_exceeds or as_long_as_the_learning_rate"
-CONTROL = (  # what plain LoRA must fail
-    "test_the_update_never_exceeds_the_bound",
-    "test_rescaling_a_component_changes_no_output",
-    "test_the_gradient_of_lambda_is_blind_to_the_scale_of_the_components",
+QUICK = (
+    "test_p1_training_starts_at_w_through_a_frozen_copy",
+    "test_p2_the_update_never_exceeds_the_bound",
+    "test_p5_the_gradient_of_lambda_does_not_see_the_lengths",
 )
+CONTROL = QUICK[1:]  # what plain LoRA must fail
+
+
+# ----------------------------------------------------------------------------------------------
+# The subjects
+# ----------------------------------------------------------------------------------------------
 
 
 class PeftDeLoRA:
@@ -53,7 +66,7 @@ class PeftDeLoRA:
         import peft
 
         if weight_norm != "column" or not tie_lambda:
-            raise NotImplementedError
+            raise NotImplementedError("PEFT has no such mode")
         base = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         base.weight, base.bias = weight, bias
         config = peft.DeloraConfig(r=r, delora_lambda=lambda_init, target_modules=["0"])
@@ -82,20 +95,19 @@ class LoRALayer(nn.Module):
 
     def __init__(self, weight, bias, r, alpha):
         super().__init__()
-        self.W, self.b = weight, bias  # (out, in), (out,)
+        self.W = weight.requires_grad_(False)  # (out, in)
+        self.b = None if bias is None else bias.requires_grad_(False)  # (out,)
         like = {"dtype": torch.promote_types(weight.dtype, torch.float32)}
-        self.A = nn.Parameter(
-            nn.init.kaiming_uniform_(torch.empty(r, weight.shape[1], **like), a=5**0.5)
-        )  # (r, in)
+        A = torch.empty(r, weight.shape[1], **like)
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=5**0.5))  # (r, in)
         self.B = nn.Parameter(torch.zeros(weight.shape[0], r, **like))  # (out, r)
         self.alpha = nn.Parameter(torch.full((1,), float(alpha), **like))  # (1,)
 
     def forward(self, x):
-        h = F.linear(x, self.A.to(x.dtype))  # (..., r)
         y = F.linear(x, self.W, self.b)  # (..., out)
-        return y + (self.alpha / len(self.A)).to(y.dtype) * F.linear(h, self.B.to(h.dtype)).to(
-            y.dtype
-        )
+        h = F.linear(x, self.A.to(x.dtype))  # (..., r)
+        update = F.linear(h, self.B.to(h.dtype))  # (..., out)
+        return y + (self.alpha / len(self.A)).to(y.dtype) * update.to(y.dtype)
 
 
 class PlainLoRA:
@@ -104,7 +116,7 @@ class PlainLoRA:
     @staticmethod
     def build(weight, bias, *, r, lambda_init, weight_norm, tie_lambda):
         if weight_norm is not None or not tie_lambda:
-            raise NotImplementedError
+            raise NotImplementedError("LoRA has no weight norm")
         return LoRALayer(weight, bias, r, lambda_init)
 
     @staticmethod
@@ -120,93 +132,214 @@ class PlainLoRA:
         return (layer.W + PlainLoRA.delta_weight(layer)).detach().to(layer.W.dtype)
 
 
-def outcomes(subject, quick):
-    """A cell for every test of the contract, by the test's name, in the contract's order."""
-    command = [sys.executable, "-m", "pytest", str(CONTRACT), "-p", "no:cacheprovider"]
-    if quick:
-        command += ["-k", QUICK]
-    environment = os.environ | {"DELORA_SUBJECT": subject}
-    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+class AuthorsDeLoRA:
+    """The layer in peft/src/peft/tuners/delora.py of the checkout that DELORA_AUTHORS names.
+
+    That file is run as it is. What it imports from the rest of its repository, and does not need
+    for a layer, has a stand-in here.
+    """
+
+    @staticmethod
+    def module():
+        if "authors.tuners.delora" not in sys.modules:
+            checkout = Path(os.environ["DELORA_AUTHORS"])
+            utils = types.ModuleType("authors.utils")
+            utils.PeftConfig = object
+            utils.PeftType = None
+            utils.transpose = lambda weight, transposed: weight.T if transposed else weight
+            for package in ("authors", "authors.tuners"):
+                sys.modules[package] = types.ModuleType(package)
+                sys.modules[package].__path__ = []
+            sys.modules["authors.utils"] = utils
+            path = checkout / "peft" / "src" / "peft" / "tuners" / "delora.py"
+            spec = importlib.util.spec_from_file_location("authors.tuners.delora", path)
+            sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[spec.name])
+        return sys.modules["authors.tuners.delora"]
+
+    @staticmethod
+    def build(weight, bias, *, r, lambda_init, weight_norm, tie_lambda):
+        if weight_norm != "column" or not tie_lambda:
+            raise NotImplementedError("the authors' code has no such mode")
+        n_out, n_in = weight.shape
+        layer = AuthorsDeLoRA.module().Linear(n_in, n_out, r, lambda_init, bias=bias is not None)
+        layer.to(weight.dtype)
+        layer.weight, layer.bias = weight.requires_grad_(False), bias
+        if bias is not None:
+            bias.requires_grad_(False)  # as mark_only_delora_as_trainable does in a model
+        return layer
+
+    @staticmethod
+    def tensors(layer):
+        A, B = layer.delora_A.weight, layer.delora_B.weight
+        return {"A": A, "B": B, "lambda": layer.delora_lambda}
+
+    @staticmethod
+    def delta_weight(layer):
+        return layer.get_ABCD()
+
+    @staticmethod
+    def merge(layer):
+        layer.merge_weights = True
+        layer.train(False)
+        return layer.weight
+
+    @staticmethod
+    def unmerge(layer):
+        layer.train(True)
+        layer.merge_weights = False
+
+
+# ----------------------------------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------------------------------
+
+
+def properties():
+    """{test: its tier} of every test of the contract that is about any layer, in their order."""
+    found = {}
+    tier = 1
+    for line in CONTRACT.read_text(encoding="utf-8").splitlines():
+        test = re.match(r"def (test_p\d+b?_\w+)", line)
+        if line == "@quality":
+            tier = 2
+        if test:
+            found[test[1]] = tier
+            tier = 1
+    return found
+
+
+def run(subject, tests, profile):
+    """{test: its failure, "" if it passes, None if it is skipped}."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
+    command += [f"{CONTRACT}::{test}" for test in tests]
+    environment = {"DELORA_SUBJECT": subject, "DELORA_QUALITY": "1", "HYPOTHESIS_PROFILE": profile}
+    options = {"cwd": ROOT, "env": os.environ | environment, "capture_output": True, "text": True}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        run = subprocess.run([*command, f"--junitxml={report}"], timeout=1200, **options)
-        if run.returncode not in (0, 1):
-            sys.exit(f"{subject}: {run.stdout}{run.stderr}".strip())
+        pytest = subprocess.run([*command, f"--junitxml={report}"], timeout=1200, **options)
+        if pytest.returncode not in (0, 1):
+            sys.exit(f"{subject}: {pytest.stdout}{pytest.stderr}".strip())
         cases = ElementTree.parse(report).findall(".//testcase")
-    cells = {}
+    found = {}
     for case in cases:
-        name, _, parameter = case.get("name").partition("[")
+        name = case.get("name").partition("[")[0]
         failure = case.find("failure")
         if case.find("skipped") is not None:
-            cell = "–"
-        elif failure is None:
-            cell = "✓"
+            found[name] = None
+        elif failure is not None:
+            found[name] = failure.text
         else:
-            cell = failing_example(failure.text) or f"`[{parameter}`"
-        if cells.get(name, "✓") == "✓":  # of a test with parameters, the first that is no tick
-            cells[name] = cell
+            found.setdefault(name, "")  # of a test with parameters, what is no tick stays
+    return found
+
+
+def outcomes(subject, tests):
+    """{test: a cell of the table}."""
+    profile = os.environ.get("HYPOTHESIS_PROFILE", "fast")
+    first = run(subject, tests, profile)
+    red = [test for test in tests if first[test]]
+    drawn = run(subject, red, "drawn") if red else {}  # the cases that the tests name left out
+    cells = {}
+    for test in tests:
+        if first[test] is None:
+            cells[test] = "–"
+        elif not first[test]:
+            cells[test] = "✓"
+        elif drawn[test]:
+            cells[test] = in_words(drawn[test])
+        else:
+            cells[test] = f"as seen: {in_words(first[test])}"
     return cells
 
 
-def failing_example(report):
-    """The arguments that Hypothesis prints, of the smallest example if it found several."""
-    found = re.findall(r"(?:Failing|Falsifying)[^\n]*\(\n(.*?)\n[E| ]*\)", report, re.DOTALL)
-    arguments = []
-    for line in min(found, key=len, default="").splitlines():
-        argument = line.lstrip("E| ").rstrip(",").removeprefix("case=")
-        arguments.append(f"`{argument}`")
-    return ", ".join(arguments)
-
-
-def sections():
-    """The property, P1 to P11, under which each test stands in the contract."""
-    found = {}
-    section = ""
-    for line in CONTRACT.read_text(encoding="utf-8").splitlines():
-        heading = re.match(r"# -+ (P\d+) ", line)
-        test = re.match(r"def (test_\w+)", line)
-        if heading:
-            section = heading[1]
-        if test:
-            found[test[1]] = section
-    return found
+def in_words(failure):
+    """The arguments that Hypothesis prints, of the simplest case if it found several."""
+    found = re.findall(r"(?:Failing|Falsifying)[^\n]*\(\n(.*?)\n[E| ]*\)", failure, re.DOTALL)
+    if not found:
+        return "always"
+    lines = [line.strip("E| ") for line in min(found, key=len).splitlines()]
+    names = {"Case": dict, "torch": torch}
+    arguments = eval(f"dict({' '.join(lines)})", names)  # of a test of ours, printed by Hypothesis
+    case = arguments.pop("case")
+    shape = f"{case['n_out']} × {case['n_in']}, r = {case['r']}"
+    words = [f"W {shape}"]
+    for name, value in (case | arguments).items():
+        match name:
+            case "mode" if value != ("column", True):
+                words.append(f"weight_norm={value[0]!r}, tie_lambda={value[1]}")
+            case "dtype":
+                words.append(str(value).removeprefix("torch."))
+            case "lengths" if value != (0,):
+                words.append("lengths " + ", ".join(f"1e{power}" for power in value))
+            case "strength":
+                words.append(f"λ = {value:g}")
+            case "decade" if value:
+                words.append(f"W about 1e{value}")
+            case "batch":
+                words.append(f"x of {value}")
+            case "bias":
+                words.append("with b")
+            case "optimizer":
+                words.append(value)
+            case "lr":
+                words.append(f"rate 1e{value}")
+            case "c" if "d" not in arguments:
+                words.append(f"λ times {value:g}")
+            case "c" if value:
+                words.append(f"a_i times 1e{value}")
+            case "d" if value:
+                words.append(f"b_i times 1e{value}")
+            case "k":
+                words.append(f"entries 1e{value}")
+            case "which":
+                words.append(f"zero in {value}")
+            case "other":
+                words.append(f"cast to {str(value).removeprefix('torch.')}")
+    return ", ".join(words)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three rows only")
-    quick = parser.parse_args().quick
+    parser.add_argument("--authors", help="a checkout of the authors' repository")
+    options = parser.parse_args()
     try:
         peft = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
         sys.exit("conformance.py compares with PEFT, which is not installed: pip install peft")
     started = time.monotonic()
+    here = Path(__file__).relative_to(ROOT).as_posix()
     subjects = {
-        "delora.py": "test_delora.py:Reference",
-        f"PEFT {peft} DeLoRA": "examples/conformance.py:PeftDeLoRA",
-        "plain LoRA, the control": "examples/conformance.py:PlainLoRA",
+        "delora.py": "delora:DeLoRALinear",
+        f"PEFT {peft} DeLoRA": f"{here}:PeftDeLoRA",
+        "plain LoRA, the control": f"{here}:PlainLoRA",
     }
+    if options.authors:
+        os.environ["DELORA_AUTHORS"] = str(Path(options.authors).resolve())
+        subjects["the authors' code"] = f"{here}:AuthorsDeLoRA"
+    tests = properties()
+    if options.quick:
+        tests = {test: tests[test] for test in QUICK}
     columns = {}
     for title, subject in subjects.items():
         print(f"running the contract on {subject} ...", file=sys.stderr, flush=True)
-        columns[title] = outcomes(subject, quick)
-    ours, _, control = columns.values()
+        columns[title] = outcomes(subject, tests)
 
-    print(f"| | property | {' | '.join(columns)} |")
-    print(f"| --- | --- |{' --- |' * len(columns)}")
-    section = sections()
-    for name in ours:
-        words = name.removeprefix("test_").replace("_", " ")
-        row = [cells[name] for cells in columns.values()]
-        print(f"| {section[name]} | {words} | {' | '.join(row)} |")
+    print(f"| | tier | property | {' | '.join(columns)} |")
+    print(f"| --- | --- | --- |{' --- |' * len(columns)}")
+    for test, tier in tests.items():
+        number, _, words = test.removeprefix("test_").partition("_")
+        cells = " | ".join(cells[test] for cells in columns.values())
+        print(f"| P{number[1:]} | {tier} | {words.replace('_', ' ')} | {cells} |")
     packages = ("torch", "peft", "hypothesis", "pytest")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     profile = os.environ.get("HYPOTHESIS_PROFILE", "fast")
     how = f"Python {platform.python_version()}, profile {profile}, on a CPU"
     print(f"\nMeasured with {versions}, {how}, in {time.monotonic() - started:.0f} s.")
 
-    broken = [name for name, cell in ours.items() if cell != "✓"]
-    tame = [name for name in CONTROL if control.get(name) == "✓"]
+    broken = [test for test, cell in columns["delora.py"].items() if cell != "✓"]
+    tame = [test for test in CONTROL if columns["plain LoRA, the control"][test] == "✓"]
     if broken:
         sys.exit(f"delora.py breaks its own contract: {', '.join(broken)}")
     if tame:
