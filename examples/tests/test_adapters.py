@@ -22,11 +22,13 @@ from delora import (
     load_adapter,
     merge,
     param_groups,
+    unmerge,
 )
 from test_delora import (
     TOKENS,
     Attention,
     distance,
+    refuses,
     same_bits,
     snapshot,
     through_a_file,
@@ -135,6 +137,35 @@ def test_a_second_injection_adds_and_leaves_the_first_as_it_was():
     assert second.delora.A.shape == (5, 8)
     assert second.delora.B.requires_grad
     assert not second.training
+
+
+def test_an_adapted_layer_is_not_adapted_again():
+    model = Attention()
+    inject(model, ["q_proj"])
+    for targets in (["q_proj"], ["proj", "q_proj"]):
+        refuses(lambda m, targets=targets: inject(m, targets), model, "q_proj: .*adapted already")
+    refuses(lambda m: inject(m, "q_proj"), model, "'q_proj' matches nothing")
+    with pytest.raises(TypeError, match="DeLoRALinear is adapted already"):
+        DeLoRALinear(model.q_proj)
+    rest = inject(model, "all-linear")  # and nothing inside the adapter that is there
+    assert sorted(rest) == ["first", "head", "proj", "second"]
+    assert type(model.q_proj.base_layer) is nn.Linear
+    refuses(lambda m: inject(m, "all-linear"), model, "leave no layer")
+
+
+def test_unmerging_follows_the_mode_and_the_device_of_the_model():
+    model = Attention()
+    inject(model, ["q_proj", "first"], dropout=0.5)
+    adapters = merge(model)
+    for other in (nn.Linear(8, 9), nn.Linear(9, 8), DeLoRALinear(nn.Linear(8, 8))):
+        changed = copy.deepcopy(model)
+        changed.q_proj = other
+        refuses(lambda m: unmerge(m, adapters), changed, "q_proj: .*this DeLoRALinear back for")
+    model.eval().to("meta")  # stands for any other device
+    unmerge(model, adapters)
+    assert all(p.is_meta for p in model.parameters())
+    assert model.q_proj is adapters["q_proj"]
+    assert not model.q_proj.training and not model.q_proj.dropout.training
 
 
 def test_an_adapter_is_in_float32_or_in_float64_if_its_base_is():
