@@ -675,25 +675,26 @@ def test_p7_the_layer_is_one_linear_map(case):
     drawn = Drawn(case)
     W, b = drawn.base.weight.detach().double(), drawn.base.bias
     x = drawn.x.double()
-    for round in ("at first", "after A, B and λ changed"):
-        wanted = F.linear(x, W + drawn.equation(), b if b is None else b.detach().double())
-        largest = (W + drawn.equation()).abs().max() + drawn.bound() + 1  # the bias among them
-        size = largest * (x.abs().sum(-1).max() + 1 if x.numel() else 1)
-        for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-            for training in (True, False):
+    for training in (True, False):
+        drawn.layer.train(training)
+        for moment in ("first", "after a step"):
+            wanted = F.linear(x, W + drawn.equation(), b if b is None else b.detach().double())
+            largest = (W + drawn.equation()).abs().max() + drawn.bound() + 1  # the bias among them
+            size = largest * (x.abs().sum(-1).max() + 1 if x.numel() else 1)
+            for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
                 with context():
-                    y = drawn.layer.train(training)(drawn.x)
+                    y = drawn.layer(drawn.x)
                 off = distance(y, wanted)
                 # of x, h, y and three weights; and of sums in the precision of A
                 allowed = tol(y.dtype, 6, size) + drawn.rounding(x.abs().sum().item())
                 assert off <= allowed and y.dtype == drawn.x.dtype, (
-                    f"P7: {round}, {training=}, under {context.__name__}, layer(x) is off by "
+                    f"P7: {moment}, with {training=}, under {context.__name__}, layer(x) is off by "
                     f"{off:.3g}, allowed are {allowed:.3g}; its dtype is {y.dtype}. Usual causes: "
-                    "b is missing; ΔW transposed; something kept from before a step"
+                    "b is missing; ΔW is transposed; something was kept from before a step"
                 )
-        drawn.A.data.add_(1)
-        drawn.B.data.neg_()
-        drawn.lam.data.mul_(0.5)
+            drawn.A.data.add_(1)
+            drawn.B.data.neg_()
+            drawn.lam.data.mul_(0.5)
 
 
 @given(case=cases(dtypes=(torch.float32, None)))
