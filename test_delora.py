@@ -1,20 +1,32 @@
 """The contract of DeLoRA: what has to hold for delora.py, and for any other implementation.
 
-Three properties make the method, and stand first, after an example by hand. The symbols are those
-of delora.py, "Eq." is an equation of the paper (https://arxiv.org/abs/2503.18225).
+A layer computes (W + ΔW) x + b. W is frozen. ΔW is made of r components b_i a_iᵀ (row i of A and
+column i of B), each divided by its length, minus what they were at the start:
 
-    P1  the zero start   ΔW = 0 at the start, because a frozen copy of it is subtracted
-    P2  the bound        ‖ΔW‖_* ≤ 2 |λ| max_j w_j for any A and B, after any step of any size
+    ΔW = (λ / r) · Σ_i (b_i a_iᵀ / (‖b_i‖ ‖a_i‖) − the same at the start) · diag(w)     (Eq. 5 to 9)
+
+w_j is the norm of column j of W. λ is trained and scales both terms ("tied"), or the second one is
+scaled by λ₀, which is λ at the start ("untied"). "Eq." is an equation of the paper,
+https://arxiv.org/abs/2503.18225. Three properties make the method, and stand first, after an
+example by hand:
+
+    P1  the zero start   at the start ΔW = 0, since the frozen copy of A and B is equal to them
+    P2  the bound        ‖ΔW‖_* ≤ 2 |λ| max_j w_j whatever A and B are; ‖·‖_* is the nuclear norm
     P5  the decoupling   λ's gradient sees the angles of A and B alone, not their lengths
 
-P2b to P11 come after them, and then the functions for a whole model. A layer is drawn as a `Case`,
-which is printed as the code that makes it: a failing one can be pasted above its test, as
-`@example(Case(...))`. "Seen:" names a mistake that was found in public code. No tolerance was
-tuned: each is the precision, times the number of roundings, times the size of what is rounded.
+Then come their finer points, P2b (every direction can be reached), P3 (ΔW does not see lengths),
+P4 (gradients turn components), P6 (the first step is small), P7 (one linear map, in every mode),
+P8 (merge), P9 (the equation itself), P10 (copies, files), P11 (refusals), and the functions of
+delora.py.
+
+A layer is drawn as a `Case`, printed as the code that makes it: a failing one can be pasted above
+its test, as `@example(Case(...))`. "Seen:" names a mistake that was found in public code. A
+tolerance is `tol`, the precision times the number of roundings times the size of what is rounded.
 
     pytest test_delora.py                                  delora.py
     HYPOTHESIS_PROFILE=thorough pytest test_delora.py      ten times the cases, new ones each time
     DELORA_SUBJECT=my.py:MyLayer pytest test_delora.py     a layer of your own: see `OfClass`
+    DELORA_QUALITY=1 DELORA_SUBJECT=...                    and tier two: exact bits, every dtype
 """
 
 import copy
@@ -53,7 +65,8 @@ except ModuleNotFoundError:  # another implementation need not have it
         raise
 
 SUBJECT_NAME = os.environ.get("DELORA_SUBJECT", "")  # "": delora.py
-IN_FULL = not SUBJECT_NAME or "DELORA_QUALITY" in os.environ  # with tier two: see `quality`
+IN_FULL = not SUBJECT_NAME or os.environ.get("DELORA_QUALITY") == "1"  # with tier two
+LAMBDA_INIT = 3.0  # λ at the start, which is λ₀
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MODES = tuple(itertools.product(("column", "frobenius", None), (True, False)))
 
@@ -68,7 +81,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, as the numbers that make it. `Drawn` makes it."""
+    """A layer, as the numbers that make it. `Drawn` builds it, and has what tests compare with."""
 
     n_in: int
     n_out: int
@@ -78,8 +91,8 @@ class Case:
     bias: bool = False
     zero_column: bool = False  # W[:, 0] = 0
     decade: int = 0  # the entries of W are of the order 10**decade
-    lengths: tuple = ()  # ‖a_i‖, ‖b_i‖ are of the orders 10**lengths in turn; (): as they start
-    strength: float = 3.0  # λ now. It starts at 3
+    lengths: tuple = ()  # a_i and b_i are of the orders 10**lengths, in turn; (): as they start
+    strength: float = LAMBDA_INIT  # λ now
     batch: tuple = (3,)  # x is (*batch, in)
     seed: int = 0
 
@@ -120,7 +133,7 @@ def cases(draw, moved=True, dtypes=(None,), reach=6, sizes=(1, 2, 5, 33), **fixe
 def test_p9_the_worked_example_comes_out_as_by_hand():
     """W = (3 0; 4 2), λ = ½; a turns from (1, 0) to (3, 4), b from (0, 1) to (4, 3)."""
     weight = nn.Parameter(torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
-    mode = everything()[0][0]  # ("column", True), if the subject has it
+    mode = modes_and_dtypes()[0][0]  # ("column", True), if the subject has it
     layer = build_layer(weight, None, 1, mode, lambda_init=0.5)
     found = []
     for a, b in (((1.0, 0.0), (0.0, 1.0)), ((3.0, 4.0), (4.0, 3.0))):
@@ -132,9 +145,10 @@ def test_p9_the_worked_example_comes_out_as_by_hand():
     by_hand = torch.tensor([[0.24, 0.32], [-0.32, 0.24]]) * w  # (1.2 0.64; -1.6 0.48)
     assert distance(change, by_hand) <= tol(torch.float32, 4, 5), (
         f"ΔW changes by {change.tolist()}, by hand by {by_hand.tolist()}: ½ · (b̂ âᵀ − b̂₀ â₀ᵀ) · "
-        "diag(w), b̂ âᵀ = (0.48 0.64; 0.36 0.48), b̂₀ â₀ᵀ = (0 0; 1 0), w = (5, 2). If all is 0, "
-        "the frozen copy shares its storage with A and B; a column off by a factor is w; entries "
-        "like 30 and 16 say that nothing is normalised; 0.6 and 0.32 that λ is applied twice"
+        "diag(w), b̂ âᵀ = (0.48 0.64; 0.36 0.48), b̂₀ â₀ᵀ = (0 0; 1 0), "
+        f"w = {w.tolist()}. If all is 0, the frozen copy shares its storage with A and B; a column "
+        "off by a factor is w; entries like 30 and 16 say that nothing is normalised; 0.6 and 0.32 "
+        "that λ is applied twice"
     )
 
 
@@ -142,7 +156,8 @@ def test_p9_the_worked_example_comes_out_as_by_hand():
 def test_p1_training_starts_at_w_through_a_frozen_copy(case):
     """ΔW = 0 and layer(x) = W x + b at the start. When A turns, the copy stays (Eq. 9)."""
     drawn = Drawn(case)
-    off = distance(drawn.layer(drawn.x), drawn.base(drawn.x)), drawn.delta().abs().max().item()
+    delta = drawn.delta()
+    off = distance(drawn.layer(drawn.x), drawn.base(drawn.x)), distance(delta, 0 * delta)
     size = (4 + drawn.bound()) * (1 + drawn.x.abs().sum().item())
     allowed = 0 if IN_FULL else tol(drawn.x.dtype, case.n_in, size)
     assert max(off) <= allowed, (
@@ -160,7 +175,7 @@ def test_p1_training_starts_at_w_through_a_frozen_copy(case):
 
 
 @given(case=cases(decade=0) | cases(decade=-6) | cases(decade=6))
-@example(Case(2, 3, 2, lengths=(6, -6)))  # Seen: LoRA; an epsilon that outweighs short components
+@example(Case(2, 3, 2, lengths=(6, -6)))  # Seen: LoRA, whose update grows with A and B
 @example(Case(33, 5, 2, lengths=(0,)))  # Seen: norms over the r components instead of each one's
 def test_p2_the_update_never_exceeds_the_bound(case):
     """‖ΔW‖_F ≤ ‖ΔW‖_* ≤ 2 |λ| max_j w_j, untied (|λ| + |λ₀|) max_j w_j (Eq. 6 to 9)."""
@@ -168,7 +183,8 @@ def test_p2_the_update_never_exceeds_the_bound(case):
     found, allowed = nuclear_norm(drawn.delta()), drawn.bound()
     assert found <= allowed + drawn.rounding(), (
         f"P2: ‖ΔW‖_* is {found:.6g}, allowed are {allowed:.6g}. Usual causes: nothing normalised "
-        "(LoRA), or one of a_i and b_i only; norms along the wrong axis; λ not divided by r"
+        "(LoRA), or one of a_i and b_i only; norms along the wrong axis; λ not divided by r; inf: "
+        "an entry is not finite"
     )
 
 
@@ -180,7 +196,7 @@ def test_p5_the_gradient_of_lambda_does_not_see_the_lengths(case, i, c, d):
     before = drawn.gradients()[2].item()
     drawn.rescale(i, 10.0**c, 10.0**d)
     after = drawn.gradients()[2].item()
-    allowed = drawn.unit * drawn.size
+    allowed = drawn.unit_tol * drawn.slope_norm
     assert abs(after - before) <= allowed, (
         f"P5: ∂L/∂λ goes from {before:.6g} to {after:.6g} for 1e{c} a_i and 1e{d} b_i, allowed are "
         f"{allowed:.3g} of difference. Usual causes: a_i or b_i is not normalised; an epsilon or a "
@@ -252,7 +268,7 @@ class Drawn:
     def __init__(self, case):
         weight_norm, self.tied = case.mode
         dtype = case.dtype or widest()
-        assume((case.mode, dtype) in everything())
+        assume((case.mode, dtype) in modes_and_dtypes())
         torch.manual_seed(case.seed)
         self.base = nn.Linear(case.n_in, case.n_out, case.bias, dtype=torch.float64)
         self.base.weight.data *= 10.0**case.decade
@@ -264,15 +280,16 @@ class Drawn:
         tensors = SUBJECT.tensors(self.layer)
         self.A, self.B, self.lam = tensors["A"], tensors["B"], tensors["lambda"]
         self.start = normalised(self.A.detach(), self.B.detach())  # (out, in), of the frozen copy
-        for i, length in zip(range(case.r), itertools.cycle(case.lengths), strict=False):
-            self.A.data[i] = torch.randn(case.n_in) * 10.0**length  # (in,)
-            self.B.data[:, -1 - i] = torch.randn(case.n_out) * 10.0**length  # (out,)
+        for i in range(case.r if case.lengths else 0):
+            size = 10.0 ** case.lengths[i % len(case.lengths)]
+            self.A.data[i] = torch.randn(case.n_in) * size  # (in,)
+            self.B.data[:, -1 - i] = torch.randn(case.n_out) * size  # (out,), in the other order
         self.lam.data.fill_(case.strength)
         self.x = torch.randn(*case.batch, case.n_in, 2).to(dtype)[..., 0]  # not contiguous
         self.slope = torch.randn(*case.batch, case.n_out).to(dtype)  # ∂L/∂y
-        self.size = (self.slope.double().norm() * self.x.double().norm()).item()  # ≥ ‖∂L/∂ΔW‖_F
-        # `tol` of ΔW for λ = 1: sums over in, out and 2r. Times `size` it is that of ∂L/∂λ.
-        self.unit = tol(self.A.dtype, case.n_in + case.n_out + 2 * case.r, 2 * self.w)
+        self.slope_norm = (self.slope.double().norm() * self.x.double().norm()).item()  # ≥ ‖∂L/∂ΔW‖
+        # for λ = 1: sums over in, out and 2r. Times slope_norm it is that of ∂L/∂λ
+        self.unit_tol = tol(self.A.dtype, case.n_in + case.n_out + 2 * case.r, 2 * self.w)
 
     def delta(self):
         return SUBJECT.delta_weight(self.layer).detach()
@@ -281,18 +298,18 @@ class Drawn:
         """ΔW (out, in) by the definition, in float64, of these tensors or the layer's (Eq. 9)."""
         if A is None:
             A, B, lam = self.A.detach(), self.B.detach(), self.lam.detach().double()
-        lam0 = lam if self.tied else 3.0
+        lam0 = lam if self.tied else LAMBDA_INIT
         return (lam * normalised(A, B) - lam0 * self.start) * self.w / len(A)
 
     def bound(self):
         """2 |λ| max_j w_j, untied (|λ| + |λ₀|) max_j w_j (Eq. 6 to 9)."""
         lam = abs(self.lam.item())
-        return (lam + (lam if self.tied else 3.0)) * self.w.max().item()
+        return (lam + (lam if self.tied else LAMBDA_INIT)) * self.w.max().item()
 
     def rounding(self, size=1.0):
         """`tol` of what is computed from ΔW, times size."""
         lam = abs(self.lam.item())
-        return self.unit * (lam + (0 if self.tied else 3.0)) * size
+        return self.unit_tol * (lam + (0 if self.tied else LAMBDA_INIT)) * size
 
     def loss(self):
         return (self.layer(self.x) * self.slope).sum()
@@ -318,10 +335,10 @@ class Drawn:
     def step(self, optimizer, lr, loss):
         """One step of an optimiser on all that the layer declares trainable."""
         parameters = [p for p in self.layer.parameters() if p.requires_grad]
-        optimizer = getattr(torch.optim, optimizer)(parameters, lr=lr)
-        optimizer.zero_grad()
+        update = getattr(torch.optim, optimizer)(parameters, lr=lr)
+        update.zero_grad()
         loss.backward()
-        optimizer.step()
+        update.step()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -332,20 +349,25 @@ class Drawn:
 class OfClass:
     """What the contract has to know of a layer: four functions. Here they are, for a class.
 
-    A class is enough if it has DeLoRALinear's constructor (weight_norm and tie_lambda may be
-    missing), and A, B, lam and delta_weight(), in the layer itself or in its `delora`. For any
-    other layer DELORA_SUBJECT names a module, or an object, with functions of these names. Then:
+    A class is enough whose constructor is MyLayer(base_layer, r, lambda_init), base_layer being an
+    nn.Linear, perhaps with weight_norm="column" and tie_lambda=True, and that has A, B, lam and
+    delta_weight(), in the layer itself or in its `delora`. For any other layer DELORA_SUBJECT names
+    a module, or an object, with functions of these names. Then:
 
-    - The layer works on the given weight and bias themselves, not on copies. A, B and λ learn,
-      nothing else does. How the frozen copy is kept is its own affair: the start is what A, B and
-      λ are when `build` returns.
+    - The layer is an nn.Module, and works on the given weight and bias themselves, not on copies.
+      A, B and λ learn, nothing else does. w is measured once. r may be larger than in or out, and
+      x has any number of dimensions. ΔW has the precision of A.
+    - How the frozen copy is kept is its own affair: the start is what A, B and λ are when `build`
+      returns. Entries of A and B start with both signs.
     - A component that is zero adds nothing to ΔW, and has a finite gradient.
     - What the layer does not have it declines by NotImplementedError: a weight_norm, a tie_lambda
       or a dtype of W in `build`; `merge`; the property `weight`. An attribute that is missing says
       the same, and so does any error at another mode than ("column", True) or another dtype than
       float32. What was declined is said at the end, and is no failure.
-    - DELORA_QUALITY=1 asks for more: tests marked `quality`, in every dtype. There r < 1 is a
-      ValueError or a TypeError, and if `merge` changes the layer, `unmerge(layer)` undoes it.
+    - Tier one is the method. Tier two, with DELORA_QUALITY=1, is the rest of the promise: all tests
+      marked `quality`, zero to the bit at the start, sums rounded once, zero gradients of zero
+      components, and no dtype declined by an error. There r < 1 is a ValueError or a TypeError,
+      `merge` leaves the given weight alone, and `unmerge(layer)`, if there is one, undoes it.
     """
 
     def __init__(self, layer_class):
@@ -392,14 +414,14 @@ own = pytest.mark.skipif(bool(SUBJECT_NAME), reason="about delora.py's own names
 quality = pytest.mark.skipif(not IN_FULL, reason="tier two: DELORA_QUALITY=1 runs it")
 
 
-def build_layer(weight, bias, r, mode=MODES[0], lambda_init=3.0):
+def build_layer(weight, bias, r, mode=MODES[0], lambda_init=LAMBDA_INIT):
     options = {"weight_norm": mode[0], "tie_lambda": mode[1]}
     return SUBJECT.build(weight, bias, r=r, lambda_init=lambda_init, **options)
 
 
 @functools.cache
-def everything():
-    """The (mode, dtype) that the subject has: a layer can be built, called, and keeps the dtype."""
+def modes_and_dtypes():
+    """The (mode, dtype) that the subject has: its layer can be built and called, and keeps it."""
     found = []
     for mode, dtype in itertools.product(MODES, DTYPES):
         if (mode, DTYPES[0]) not in found and dtype != DTYPES[0]:
@@ -411,20 +433,26 @@ def everything():
                 raise TypeError(f"the output is {y.dtype}")
             found.append((mode, dtype))
         except Exception as error:
-            declined = isinstance(error, NotImplementedError) and SUBJECT_NAME
-            if not declined and (IN_FULL or (mode, dtype) == (MODES[0], DTYPES[0])):
+            needed = mode == MODES[0] and (IN_FULL or dtype == DTYPES[0])
+            if not SUBJECT_NAME or (needed and not isinstance(error, NotImplementedError)):
                 raise
             DECLINED[f"{mode} in {dtype}"] = f"{type(error).__name__}: {error}"
-    return found or pytest.exit(f"{SUBJECT_NAME} can build no layer: {DECLINED}", 4)
+    if not found:
+        pytest.exit(f"{SUBJECT_NAME} can build no layer: {DECLINED}", 4)
+    return found
 
 
 def widest():
-    return max((dtype for _, dtype in everything()), key=lambda dtype: dtype.itemsize)
+    return max((dtype for _, dtype in modes_and_dtypes()), key=lambda dtype: dtype.itemsize)
 
 
 def supported(dtypes):
     """The (mode, dtype) to draw from, where None stands for the widest dtype."""
-    found = [(mode, d) for d in dtypes for mode, dtype in everything() if dtype == (d or widest())]
+    found = []
+    for wanted in dtypes:
+        for mode, dtype in modes_and_dtypes():
+            if dtype == (wanted or widest()):
+                found.append((mode, wanted))
     return found or pytest.skip(f"declined: {dtypes}")
 
 
@@ -451,9 +479,10 @@ def test_p1_the_zero_start_survives_casts_and_autocast(case, other):
         for narrow in (None, torch.bfloat16, torch.float16):
             with torch.autocast("cpu", narrow, enabled=narrow is not None):
                 y, wanted = drawn.layer(x), drawn.base(x)
-            assert torch.equal(y.double(), wanted.double()), (
-                f"P1: {moment}, under autocast to {narrow}, the output moves: A and its copy are "
-                "rounded in different ways, or something overflows"
+            off = distance(y, wanted)
+            assert off == 0, (
+                f"P1: {moment}, under autocast to {narrow}, the output is off by {off:.3g}: A and "
+                "its copy are rounded in different ways, or something overflows"
             )
         drawn.layer.to(other)
         drawn.base.to(other)
@@ -476,12 +505,12 @@ def test_p2_no_learning_rate_leaves_the_bound(case, optimizer, lr):
         found, allowed = nuclear_norm(drawn.delta()), drawn.bound()
         assert found <= allowed + drawn.rounding(), (
             f"P2: after a step at {10.0**lr:g} ‖ΔW‖_* is {found:.6g}, allowed are {allowed:.6g}. "
-            "Usual causes: nothing is normalised (LoRA); the frozen copy is trained; not finite"
+            "Usual causes: nothing is normalised (LoRA); inf: an entry is not finite"
         )
 
 
 @given(case=cases(moved=False, n_in=1, r=1))
-@example(Case(1, 33, 1, decade=1))  # Seen: documentation that calls λ itself the bound, without w
+@example(Case(1, 33, 1, decade=1))  # Seen: λ itself called the bound, where w is larger than 1
 def test_p2_the_bound_is_attained(case):
     """‖ΔW‖_F = 2 |λ| w for r = 1, a = −a₀, b = b₀ and one column (Eq. 7)."""
     drawn = Drawn(case)
@@ -513,7 +542,7 @@ def test_p2b_every_direction_is_reachable(case, k):
     drawn.A.data.copy_(10 * A)
     drawn.B.data.copy_(B / 10)
     off = distance(drawn.delta(), (B @ A - 3 * drawn.start / r) * drawn.w)
-    assert off <= drawn.rounding(), f"P2b: a matrix on the sphere is missed by {off:.3g}"
+    assert off <= drawn.rounding(), f"P2b: a matrix of nuclear norm λ is missed by {off:.3g}"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -544,7 +573,7 @@ def test_p4_gradients_turn_components_and_never_stretch_them(case):
     of_A, of_B, _ = drawn.gradients()
     stretch = (of_A * drawn.A).sum(1), (of_B * drawn.B).sum(0)  # (r,) each
     off = torch.stack(stretch).abs().max().item()
-    assert off <= drawn.rounding(drawn.size), (
+    assert off <= drawn.rounding(drawn.slope_norm), (
         f"P4: ⟨∂L/∂a_i, a_i⟩ or ⟨∂L/∂b_i, b_i⟩ is {off:.3g}. Usual causes: the norm is detached, "
         "so that it counts as a constant; a_i or b_i is not normalised"
     )
@@ -581,7 +610,7 @@ def test_p4_a_zero_component_adds_nothing(case, which):
     case=cases(moved=False, dtypes=(torch.float32,), n_in=6, n_out=6, r=1),
     k=st.sampled_from((-30, -23, -22, -21, -20, -18, 18, 20, 38)),
 )
-def test_p4_the_bound_holds_to_the_ends_of_float32(case, k):
+def test_p4_lengths_may_go_to_the_ends_of_float32(case, k):
     """From 1e-18 to 1e18 a component has its direction, past that it has it or counts as zero."""
     drawn = Drawn(case)
     drawn.A.data.fill_(10.0**k)
@@ -624,10 +653,10 @@ def test_p5_the_update_is_linear_in_lambda(case, c):
 )
 @example(Case(5, 5, 2), "SGD")  # Seen: B = 0 with a clamp: full strength in one step;
 @example(Case(5, 5, 2), "Adam")  # A = B = 0, or a copy in A's storage: never moves
-def test_p6_the_first_step_is_as_long_as_the_learning_rate(case, optimizer):
+def test_p6_the_first_step_is_proportional_to_the_learning_rate(case, optimizer):
     """‖ΔW‖ = c η + O(η²) after a step at learning rate η, with c > 0 (Eq. 9)."""
     moves = []
-    for lr in (1e-6, 1e-5, 1e-4):
+    for lr in (1e-8, 1e-7, 1e-6):
         drawn = Drawn(case)
         drawn.step(optimizer, lr, drawn.loss() / drawn.slope.numel())
         moves.append(drawn.delta().double().norm().item())
@@ -636,9 +665,9 @@ def test_p6_the_first_step_is_as_long_as_the_learning_rate(case, optimizer):
         "A and B start at zero; A, B or λ is not in layer.parameters()"
     )
     for small, large in ((moves[0], moves[1]), (moves[1], moves[2])):
-        # such steps turn a component by less than 1/100, and what bends is a share of that
+        # such steps turn a component by less than 1/100, and what is not linear is a share of that
         assert abs(large - 10 * small) <= 0.05 * large + 11 * drawn.rounding(), (
-            f"P6: ‖ΔW‖ after one step of 1e-6, 1e-5 and 1e-4 is {moves}: not in proportion. Usual "
+            f"P6: ‖ΔW‖ after one step of 1e-8, 1e-7 and 1e-6 is {moves}: not in proportion. Usual "
             "causes: B = 0 at the start, from where any step gives full strength; no frozen copy"
         )
 
@@ -648,14 +677,12 @@ def test_p6_the_start_is_spread_and_leaves_the_random_state_to_the_user():
     starts, after = [], []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        layer = build_layer(nn.Parameter(torch.ones(33, 32)), None, 6, everything()[0][0])
+        layer = build_layer(nn.Parameter(torch.ones(33, 32)), None, 6, modes_and_dtypes()[0][0])
         starts.append(SUBJECT.tensors(layer))
         after.append(torch.rand(1))
     for name in "AB":
-        first, second = (start[name].detach() for start in starts)
-        share = (first > 0).double().mean().item()
-        assert 0.2 < share < 0.8, f"P6: {share:.0%} of the entries of {name} are above zero"
-        assert not torch.equal(first, second), f"P6: {name} starts alike for two seeds"
+        share = (starts[0][name] > 0).double().mean().item()
+        assert 0.2 < share < 0.8, f"P6: {share:.0%} of the entries of {name} start above zero"
     assert after[0] != after[1], "P6: building sets the seed, and the user's is lost"
     components = torch.cat((starts[0]["A"], starts[0]["B"].T), dim=1)  # (r, in + out)
     assert len(components.unique(dim=0)) == 6, (
@@ -692,9 +719,7 @@ def test_p7_the_layer_is_one_linear_map(case):
                     f"{off:.3g}, allowed are {allowed:.3g}; its dtype is {y.dtype}. Usual causes: "
                     "b is missing; ΔW is transposed; something was kept from before a step"
                 )
-            drawn.A.data.add_(1)
-            drawn.B.data.neg_()
-            drawn.lam.data.mul_(0.5)
+            drawn.step("Adam", 0.1, drawn.loss())
 
 
 @given(case=cases(dtypes=(torch.float32, None)))
@@ -708,10 +733,10 @@ def test_p7_the_gradients_are_those_of_the_equation(case):
     y = F.linear(x, drawn.base.weight.detach().double() + drawn.equation(A, B, lam))
     wanted = torch.autograd.grad((y * drawn.slope).sum(), (A, B, lam, x))
     scale = (A.norm(dim=1, keepdim=True), B.norm(dim=0), 1.0, 1.0)  # a longer one turns less
-    of_angles = drawn.rounding(drawn.size)
+    of_angles = drawn.rounding(drawn.slope_norm)
     largest = drawn.base.weight.abs().max().item() + drawn.bound()
     of_x = tol(drawn.A.dtype, case.n_in + case.n_out, largest) * drawn.slope.abs().sum().item()
-    allowed = (of_angles, of_angles, drawn.unit * drawn.size, of_x)
+    allowed = (of_angles, of_angles, drawn.unit_tol * drawn.slope_norm, of_x)
     for i, name in enumerate(("A", "B", "λ", "x")):
         off = distance(found[i] * scale[i], wanted[i] * scale[i])
         assert off <= allowed[i], (
@@ -723,13 +748,13 @@ def test_p7_the_gradients_are_those_of_the_equation(case):
 @given(case=cases(dtypes=DTYPES, reach=2))
 @example(Case(5, 5, 2, lengths=(0,)))  # Seen: `.weight` is the base's, so its readers miss ΔW
 def test_p7_code_that_reads_the_weight_sees_the_adapter(case):
-    """F.linear(x, layer.weight, layer.bias) is layer(x), and has its gradients (Eq. 15)."""
+    """layer.weight is W + ΔW in every mode, and depends on A, B and λ (Eq. 15)."""
     drawn = Drawn(case)
     try:
         weight = drawn.layer.weight
     except (AttributeError, NotImplementedError):
         DECLINED["weight"] = "the layer has none"
-        return
+        pytest.skip("declined: weight")
     for training in (True, False) * 2:
         with torch.set_grad_enabled(training):
             weight = drawn.layer.train(training).weight
@@ -739,7 +764,7 @@ def test_p7_code_that_reads_the_weight_sees_the_adapter(case):
             f"P7: with {training=} layer.weight is off by {off:.3g}, allowed are {allowed:.3g}. "
             "Usual causes: it is W alone; it was kept from before a step"
         )
-        drawn.B.data.neg_()
+        drawn.step("Adam", 0.1, drawn.loss())
     learning = [parameter(p) for p in (drawn.A, drawn.B, drawn.lam)]
     found = torch.autograd.grad(drawn.layer.weight.sum(), learning, allow_unused=True)
     assert None not in found, "P7: layer.weight does not depend on A, B or λ"
@@ -747,7 +772,7 @@ def test_p7_code_that_reads_the_weight_sees_the_adapter(case):
 
 @given(case=cases(), optimizer=st.sampled_from(("SGD", "Adam")))
 def test_p7_training_changes_a_b_and_lambda_and_nothing_else(case, optimizer):
-    """W and b stay, whoever holds them, and A, B and λ are what an optimiser gets."""
+    """A, B and λ are what an optimiser gets; then W and the frozen copy are as before."""
     drawn = Drawn(case)
     learning = {parameter(p) for p in (drawn.A, drawn.B, drawn.lam)}
     trainable = {p: name for name, p in drawn.layer.named_parameters() if p.requires_grad}
@@ -756,17 +781,15 @@ def test_p7_training_changes_a_b_and_lambda_and_nothing_else(case, optimizer):
         f"{len(learning - trainable.keys())} of A, B and λ missing. Usual causes: W or b is not "
         "frozen; a bias was added; A, B or λ is a buffer; the frozen copy is trained"
     )
-    before = copy.deepcopy(drawn.base)
     drawn.step(optimizer, 0.1, drawn.loss())
-    assert same_bits(drawn.base.weight, before.weight), "P7: a step changed W"
     assert distance(drawn.delta(), drawn.equation()) <= drawn.rounding(), (
         "P7: after a step ΔW is not what A, B, λ and the start give: the frozen copy moved?"
     )
 
 
 @given(case=cases(zero_column=False))
-@example(Case(3, 200, 1, lengths=(0,)))  # w from the first 64 rows only
-def test_p7_w_is_measured_once_and_w_is_not_copied(case):
+@example(Case(3, 200, 1, lengths=(0,)))  # Seen: w of the first rows only
+def test_p7_w_is_measured_once_and_the_weight_is_not_copied(case):
     """Who writes into W (loads weights, ties it) finds it in the output, and w as it was."""
     drawn = Drawn(case)
     before, x = drawn.layer(drawn.x).detach().double(), drawn.x.double()
@@ -804,7 +827,7 @@ def merge_and_back(drawn):
 @given(case=cases(dtypes=DTYPES, reach=2))
 @example(Case(5, 33, 2, lengths=(0,), dtype=torch.bfloat16))  # Seen: ΔW rounded, then the sum
 def test_p8_the_merged_weight_is_the_sum_rounded_once(case):
-    """|merged − (W + ΔW)| ≤ ½ ulp, of today's λ; in tier one a few ulp (Eq. 15)."""
+    """|merged − (W + ΔW)| ≤ ½ ulp, and the rounding of float32 or wider; in tier one a few ulp."""
     drawn = Drawn(case)
     merged = merge_and_back(drawn)
     exact = drawn.base.weight.detach().double() + drawn.delta().double()  # (out, in)
@@ -823,7 +846,7 @@ def test_p8_the_merged_weight_is_the_sum_rounded_once(case):
 @quality
 @given(case=cases(dtypes=DTYPES, reach=2))
 @example(Case(5, 33, 2, lengths=(0,), dtype=torch.float32))  # Seen: W + ΔW − ΔW in the place of W
-def test_p8_merging_touches_nothing_and_unmerging_restores_every_bit(case):
+def test_p8_merging_touches_nothing(case):
     """W (an embedding may share it), the layer and the random state are as before, each time."""
     drawn = Drawn(case)
     W, random, y = drawn.base.weight.detach().clone(), torch.get_rng_state(), drawn.layer(drawn.x)
@@ -854,8 +877,8 @@ def test_p9_the_update_is_a_sum_over_components(case):
     assert off <= drawn.rounding(), (
         f"P9: ΔW is off by {off:.3g}, allowed are {drawn.rounding():.3g}. It begins with "
         f"{drawn.delta()[0, :3].tolist()}, the equation with {drawn.equation()[0, :3].tolist()}. "
-        "Usual causes: a factor for each column: w; one factor: λ or 1/r; else the norms of A or "
-        "B, or the frozen copy (its sign, its λ, its storage)"
+        "Usual causes: if each column is off by a factor, w; if all is by one, λ or 1/r; else the "
+        "norms of A or B, or the frozen copy: its sign, its λ, its storage"
     )
 
 
@@ -877,7 +900,7 @@ def through_a_file(state):
 def test_p10_a_saved_layer_computes_the_same_when_loaded(case):
     """layer(x) is the same bit for bit after state_dict, a file, and a new layer on the same W."""
     drawn, fresh = Drawn(case), Drawn(case)
-    fresh.layer = build_layer(fresh.base.weight, fresh.base.bias, case.r, case.mode)
+    fresh.layer = build_layer(fresh.base.weight, fresh.base.bias, case.r, case.mode, 0.5)
     missing = fresh.layer.load_state_dict(through_a_file(drawn.layer.state_dict()))
     assert same_bits(fresh.layer(drawn.x), drawn.layer(drawn.x)), (
         f"P10: a loaded layer differs ({missing}): what is frozen is not in state_dict"
@@ -887,15 +910,17 @@ def test_p10_a_saved_layer_computes_the_same_when_loaded(case):
 @quality
 @given(case=cases(dtypes=DTYPES[:2]))
 def test_p10_a_copy_moves_whole_is_independent_and_leaves_nothing_behind(case):
-    """copy.deepcopy, .to(dtype) and .to(device) take all along: w, the copy, and no more."""
+    """copy.deepcopy, .to(dtype) and .to(device) take w and the frozen copy along."""
     drawn = Drawn(case)
     y, delta = drawn.layer(drawn.x), drawn.delta().clone()
     other = copy.deepcopy(drawn.layer)
     drawn.B.data.neg_()
-    assert same_bits(other(drawn.x), y), "P10: a deepcopy computes something else, or with this A"
+    assert same_bits(other(drawn.x), y), "P10: a deepcopy computes something else, or uses this B"
     back = other.to(torch.float64).to(drawn.x.dtype)
     off = distance(SUBJECT.delta_weight(back), delta)
-    assert off <= drawn.rounding(), f"P10: .to(float64) and back moves ΔW by {off:.3g}: a new copy?"
+    assert off <= drawn.rounding(), (
+        f"P10: .to(float64) and back moves ΔW by {off:.3g}: the frozen copy is taken anew, or w"
+    )
     for name, module in back.to("meta").named_modules():
         for key, value in vars(module).items():
             assert not torch.is_tensor(value) or value.is_meta, f"P10: .to() leaves {name}.{key}"
@@ -911,6 +936,7 @@ def test_p10_nothing_is_kept_from_call_to_call(case):
     for _ in range(3):
         drawn.layer(drawn.x).sum().backward()
         drawn.delta()
+        gc.collect()
         alive.append(sum(type(thing) is torch.Tensor for thing in gc.get_objects()))
     assert alive[1] == alive[2], f"P10: {alive} tensors are alive: updates or factors are kept"
 
@@ -926,7 +952,7 @@ def test_p11_a_rank_below_one_is_refused(r):
     """r ≥ 1, or a ValueError or TypeError when the layer is built; W stays trainable."""
     weight = nn.Parameter(torch.ones(3, 2))
     with pytest.raises((ValueError, TypeError)):
-        build_layer(weight, None, r, everything()[0][0])
+        build_layer(weight, None, r, modes_and_dtypes()[0][0])
     assert weight.requires_grad and torch.equal(weight, torch.ones(3, 2))
 
 
@@ -960,7 +986,7 @@ def test_delora_linear_has_the_weight_and_bias_of_what_it_merges_to(case):
     drawn = Drawn(case)
     layer, merged = drawn.layer.eval(), drawn.layer.merged()
     assert type(merged) is nn.Linear and not merged.training
-    assert (merged.in_features, merged.out_features) == (layer.in_features, layer.out_features)
+    assert (merged.in_features, merged.out_features) == (case.n_in, case.n_out)
     assert same_bits(merged.weight, layer.weight) and same_bits(
         drawn.base.weight, layer.base_layer.weight
     )
@@ -1218,8 +1244,8 @@ def test_load_adapter_restores_the_outputs_bit_for_bit_without_a_configuration(m
     torch.manual_seed(0)
     pretrained = Attention()
     model = copy.deepcopy(pretrained)
-    inject(model, ["q_proj"], r=3, weight_norm=mode[0], tie_lambda=mode[1])
-    inject(model, ["second"], r=2, lambda_init=2.0)
+    inject(model, ["q_proj"], 3, 2.0, weight_norm=mode[0], tie_lambda=mode[1])
+    inject(model, ["second"], r=2)
     model.norm.requires_grad_(True)
     state = through_a_file(adapter_state_dict(trained(model)))
     others = [key for key in state if ".delora." not in key]
