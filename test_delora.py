@@ -168,9 +168,9 @@ def test_p1_training_starts_at_w_through_a_frozen_copy(case):
     drawn.A.data.neg_()
     off = distance(drawn.delta(), drawn.equation())
     assert off <= drawn.rounding(), (
-        f"P1: with −a_i for all a_i ΔW is −2 times the first term at the start, but it is off by "
-        f"{off:.3g} (it has norm {drawn.delta().norm():.3g}). Usual causes: the frozen copy shares "
-        "storage with A, so that ΔW stays 0; there is no copy"
+        "P1: with −a_i for all a_i ΔW should be −2 times the first term at the start. It is off by "
+        f"{off:.3g} and has norm {drawn.delta().norm():.3g}. Usual causes: the frozen copy "
+        "shares storage with A, so that ΔW stays 0; there is none; else what P9 says"
     )
 
 
