@@ -147,8 +147,8 @@ def test_p9_the_worked_example_comes_out_as_by_hand():
         f"ΔW changes by {change.tolist()}, by hand by {by_hand.tolist()}: ½ · (b̂ âᵀ − b̂₀ â₀ᵀ) · "
         "diag(w), b̂ âᵀ = (0.48 0.64; 0.36 0.48), b̂₀ â₀ᵀ = (0 0; 1 0), "
         f"w = {w.tolist()}. If all is 0, the frozen copy shares its storage with A and B; a column "
-        "off by a factor is w; entries like 30 and 16 say that nothing is normalised; 0.6 and 0.32 "
-        "that λ is applied twice"
+        "off by a factor is w, a row norms of rows of W; (2 0.8; -1 0.6) is A, (1.5 0.8; -1 0.8) B, "
+        "normalised along the wrong axis; (30 16; 20 12) nothing normalised"
     )
 
 
@@ -519,7 +519,8 @@ def test_p2_the_bound_is_attained(case):
     found, wanted = drawn.delta().norm().item(), drawn.bound()
     assert abs(found - wanted) <= drawn.rounding(), (
         f"P2: ‖ΔW‖_F can be {wanted:.6g}, and is {found:.6g} where it should be that. Usual "
-        "causes: w is no norm of a column; λ divided by too much; no frozen copy (then it is half)"
+        "causes: if 0, the frozen copy shares storage, or B starts at zero; if half, there is no "
+        "frozen copy; else w is no norm of a column, or λ is divided by too much"
     )
 
 
@@ -542,7 +543,9 @@ def test_p2b_every_direction_is_reachable(case, k):
     drawn.A.data.copy_(10 * A)
     drawn.B.data.copy_(B / 10)
     off = distance(drawn.delta(), (B @ A - 3 * drawn.start / r) * drawn.w)
-    assert off <= drawn.rounding(), f"P2b: a matrix of nuclear norm λ is missed by {off:.3g}"
+    assert off <= drawn.rounding(), (
+        f"P2b: a matrix of nuclear norm λ is missed by {off:.3g}. If P9 is red, begin there"
+    )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -574,8 +577,8 @@ def test_p4_gradients_turn_components_and_never_stretch_them(case):
     stretch = (of_A * drawn.A).sum(1), (of_B * drawn.B).sum(0)  # (r,) each
     off = torch.stack(stretch).abs().max().item()
     assert off <= drawn.rounding(drawn.slope_norm), (
-        f"P4: ⟨∂L/∂a_i, a_i⟩ or ⟨∂L/∂b_i, b_i⟩ is {off:.3g}. Usual causes: the norm is detached, "
-        "so that it counts as a constant; a_i or b_i is not normalised"
+        f"P4: ⟨∂L/∂a_i, a_i⟩ or ⟨∂L/∂b_i, b_i⟩ is {off:.3g}. If P9 is red, a_i or b_i is not "
+        "normalised, or not alone. Else the norm is detached, so that it counts as a constant"
     )
 
 
@@ -590,8 +593,8 @@ def test_p4_a_zero_component_adds_nothing(case, which):
         drawn.B.data[:, 0] = 0
     off = distance(drawn.delta(), drawn.equation())
     assert off <= drawn.rounding(), (
-        f"P4: with a zero in {which} ΔW is off by {off}. Zero has no direction, it adds nothing, "
-        "and 0/0 has to be guarded: v / norm.masked_fill(norm == 0, inf)"
+        f"P4: with a zero in {which} ΔW is off by {off}. If P9 is red, begin there. Else: zero has "
+        "no direction, adds nothing, and 0/0 is guarded: v / norm.masked_fill(norm == 0, inf)"
     )
     gradients = drawn.gradients()
     assert all(g.isfinite().all() for g in gradients), (
@@ -637,8 +640,9 @@ def test_p5_the_update_is_linear_in_lambda(case, c):
     drawn.lam.data.mul_(c)
     off = distance(drawn.delta(), drawn.equation())
     assert off <= drawn.rounding(), (
-        f"P5: at {c} λ ΔW is off by {off:.3g}. Usual causes: the frozen copy is scaled by λ₀ "
-        "though tied, or by λ though untied; |λ| or softplus(λ); a λ from the start that was kept"
+        f"P5: at {c} λ ΔW is off by {off:.3g}. If P9 is red, begin there. Else usual causes: the "
+        "frozen copy is scaled by λ₀ though tied, or by λ though untied; |λ| or softplus(λ); a λ "
+        "that was kept from the start"
     )
 
 
@@ -682,7 +686,9 @@ def test_p6_the_start_is_spread_and_leaves_the_random_state_to_the_user():
         after.append(torch.rand(1))
     for name in "AB":
         share = (starts[0][name] > 0).double().mean().item()
-        assert 0.2 < share < 0.8, f"P6: {share:.0%} of the entries of {name} start above zero"
+        assert 0.2 < share < 0.8, (
+            f"P6: {share:.0%} of the entries of {name} start above 0. All zero, or positive?"
+        )
     assert after[0] != after[1], "P6: building sets the seed, and the user's is lost"
     components = torch.cat((starts[0]["A"], starts[0]["B"].T), dim=1)  # (r, in + out)
     assert len(components.unique(dim=0)) == 6, (
@@ -716,8 +722,8 @@ def test_p7_the_layer_is_one_linear_map(case):
                 allowed = tol(y.dtype, 6, size) + drawn.rounding(x.abs().sum().item())
                 assert off <= allowed and y.dtype == drawn.x.dtype, (
                     f"P7: {moment}, with {training=}, under {context.__name__}, layer(x) is off by "
-                    f"{off:.3g}, allowed are {allowed:.3g}; its dtype is {y.dtype}. Usual causes: "
-                    "b is missing; ΔW is transposed; something was kept from before a step"
+                    f"{off:.3g}, allowed are {allowed:.3g}; its dtype is {y.dtype}. If P9 is red, "
+                    "begin there. Else b is missing; or, if wrong after a step only, something kept"
                 )
             drawn.step("Adam", 0.1, drawn.loss())
 
@@ -740,8 +746,8 @@ def test_p7_the_gradients_are_those_of_the_equation(case):
     for i, name in enumerate(("A", "B", "λ", "x")):
         off = distance(found[i] * scale[i], wanted[i] * scale[i])
         assert off <= allowed[i], (
-            f"P7: ∂L/∂{name} is off by {off:.3g}, allowed are {allowed[i]:.3g}. Usual causes: the "
-            "norm is detached (A, B); λ is detached; x is detached, or skips the adapter"
+            f"P7: ∂L/∂{name} is off by {off:.3g}, allowed are {allowed[i]:.3g}. If P9 is red, "
+            "begin there. Else: the norm is detached (A, B); λ is; x is, or skips the adapter"
         )
 
 
@@ -761,8 +767,8 @@ def test_p7_code_that_reads_the_weight_sees_the_adapter(case):
         wanted = drawn.base.weight.detach().double() + drawn.equation()
         off, allowed = distance(weight, wanted), tol(weight.dtype, 2, wanted) + drawn.rounding()
         assert off <= allowed, (
-            f"P7: with {training=} layer.weight is off by {off:.3g}, allowed are {allowed:.3g}. "
-            "Usual causes: it is W alone; it was kept from before a step"
+            f"P7: with {training=} layer.weight is off by {off:.3g}, allowed are {allowed:.3g}. If "
+            "P9 is red, begin there. Else: it is W alone, or was kept from before a step"
         )
         drawn.step("Adam", 0.1, drawn.loss())
     learning = [parameter(p) for p in (drawn.A, drawn.B, drawn.lam)]
@@ -783,21 +789,21 @@ def test_p7_training_changes_a_b_and_lambda_and_nothing_else(case, optimizer):
     )
     drawn.step(optimizer, 0.1, drawn.loss())
     assert distance(drawn.delta(), drawn.equation()) <= drawn.rounding(), (
-        "P7: after a step ΔW is not what A, B, λ and the start give: the frozen copy moved?"
+        "P7: after a step ΔW is not what A, B, λ and the start give. If P9 is red, begin there. "
+        "Else the frozen copy moved with A and B"
     )
 
 
 @given(case=cases(zero_column=False))
-@example(Case(3, 200, 1, lengths=(0,)))  # Seen: w of the first rows only
 def test_p7_w_is_measured_once_and_the_weight_is_not_copied(case):
     """Who writes into W (loads weights, ties it) finds it in the output, and w as it was."""
     drawn = Drawn(case)
     before, x = drawn.layer(drawn.x).detach().double(), drawn.x.double()
+    delta = drawn.delta().clone()
     W = drawn.base.weight.detach().double().clone()
     drawn.base.weight.data.mul_(3)
-    assert distance(drawn.delta(), drawn.equation()) <= drawn.rounding(), (
-        "P7: ΔW changed with W. Usual causes: w is measured anew; not from all rows of W"
-    )
+    off = distance(drawn.delta(), delta)
+    assert off <= delta.abs().max(), "P7: ΔW is tripled when W is: w is measured anew"
     off = distance(drawn.layer(drawn.x), before + F.linear(x, 2 * W))
     largest = 4 * W.abs().max().item() + drawn.bound() + 1
     allowed = tol(drawn.A.dtype, case.n_in, largest) * (1 + x.abs().sum().item())
@@ -867,6 +873,7 @@ def test_p8_merging_touches_nothing(case):
 
 @given(case=cases(dtypes=(None, torch.float32, torch.bfloat16)))
 @example(Case(5, 33, 2, lengths=(0,), dtype=torch.bfloat16))  # Seen: w rounded to bfloat16
+@example(Case(3, 200, 1, lengths=(0,)))  # Seen: w of the first 64 rows only
 @example(Case(2, 5, 2, lengths=(0, 1)))  # Seen: norms of rows of W, alike if W is square
 @example(Case(2, 5, 2, mode=("frobenius", False), lengths=(0, 1), strength=-2.0))
 @example(Case(2, 5, 2, mode=(None, True), lengths=(0, 1), strength=-2.0))
@@ -877,8 +884,9 @@ def test_p9_the_update_is_a_sum_over_components(case):
     assert off <= drawn.rounding(), (
         f"P9: ΔW is off by {off:.3g}, allowed are {drawn.rounding():.3g}. It begins with "
         f"{drawn.delta()[0, :3].tolist()}, the equation with {drawn.equation()[0, :3].tolist()}. "
-        "Usual causes: if each column is off by a factor, w; if all is by one, λ or 1/r; else the "
-        "norms of A or B, or the frozen copy: its sign, its λ, its storage"
+        "Usual causes: if columns are off by factors, w; rows, norms of rows of W; all by one, λ "
+        "or 1/r; by 1e-8 or for small lengths only, an epsilon or a clamp beside a norm; for r > 1 "
+        "only, one norm for all; else the frozen copy: its sign, its λ, its storage"
     )
 
 
