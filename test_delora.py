@@ -147,7 +147,7 @@ def test_p9_the_worked_example_comes_out_as_by_hand():
         f"ΔW changes by {change.tolist()}, by hand by {by_hand.tolist()}: ½ · (b̂ âᵀ − b̂₀ â₀ᵀ) · "
         "diag(w), b̂ âᵀ = (0.48 0.64; 0.36 0.48), b̂₀ â₀ᵀ = (0 0; 1 0), "
         f"w = {w.tolist()}. If all is 0, the frozen copy shares its storage with A and B; a column "
-        "off by a factor is w, a row norms of rows of W; (2 0.8; -1 0.6) is A, (1.5 0.8; -1 0.8) B, "
+        "off by a factor is w, a row norms of rows; (2 0.8; -1 0.6) is A, (1.5 0.8; -1 0.8) B, "
         "normalised along the wrong axis; (30 16; 20 12) nothing normalised"
     )
 
