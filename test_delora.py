@@ -1,27 +1,22 @@
 """The contract of DeLoRA: what has to hold for delora.py, and for any other implementation.
 
-A layer computes (W + ΔW) x + b. W is frozen. ΔW is made of r components b_i a_iᵀ (row i of A and
-column i of B), each divided by its length, minus what they were at the start:
-
+    y = (W + ΔW) x + b
     ΔW = (λ / r) · Σ_i (b_i a_iᵀ / (‖b_i‖ ‖a_i‖) − the same at the start) · diag(w)     (Eq. 5 to 9)
 
-w_j is the norm of column j of W. λ is trained and scales both terms ("tied"), or the second one is
-scaled by λ₀, which is λ at the start ("untied"). "Eq." is an equation of the paper,
-https://arxiv.org/abs/2503.18225. Three properties make the method, and stand first, after an
-example by hand:
+W is frozen, a_i is row i of A, b_i column i of B, w_j the norm of column j of W. λ is trained. It
+scales both terms ("tied"), or the second is scaled by λ₀, which is λ at the start ("untied"). "Eq."
+is an equation of the paper, https://arxiv.org/abs/2503.18225. Three properties make the method:
 
     P1  the zero start   at the start ΔW = 0, since the frozen copy of A and B is equal to them
     P2  the bound        ‖ΔW‖_* ≤ 2 |λ| max_j w_j whatever A and B are; ‖·‖_* is the nuclear norm
     P5  the decoupling   λ's gradient sees the angles of A and B alone, not their lengths
 
-Then come their finer points, P2b (every direction can be reached), P3 (ΔW does not see lengths),
-P4 (gradients turn components), P6 (the first step is small), P7 (one linear map, in every mode),
-P8 (merge), P9 (the equation itself), P10 (copies, files), P11 (refusals), and the functions of
-delora.py.
-
-A layer is drawn as a `Case`, printed as the code that makes it: a failing one can be pasted above
-its test, as `@example(Case(...))`. "Seen:" names a mistake that was found in public code. A
-tolerance is `tol`, the precision times the number of roundings times the size of what is rounded.
+They come first, after an example by hand. Then their finer points and P2b (every direction can be
+reached), P3 (ΔW does not see lengths), P4 (gradients turn components), P6 (the first step is
+small), P7 (one linear map, in every mode), P8 (merge), P9 (the equation), P10 (copies, files), P11
+(refusals); then the functions of delora.py. A layer is drawn as a `Case`, printed as the code
+that makes it: paste a failing one above its test, as `@example(Case(...))`. "Seen:" names a mistake
+found in public code. A tolerance is `tol`: the precision, times the roundings, times the size.
 
     pytest test_delora.py                                  delora.py
     HYPOTHESIS_PROFILE=thorough pytest test_delora.py      ten times the cases, new ones each time

@@ -44,6 +44,20 @@ def test_the_defaults_are_those_of_the_paper_and_its_code(by):
     assert distance(layer.delora.w, wanted) <= tol(torch.float32, 8, wanted)
 
 
+def test_a_delora_alone_has_the_same_defaults():
+    delora = DeLoRA(torch.ones(3, 4))
+    assert delora.A.shape == (8, 4)
+    assert delora.lam.tolist() == [15.0]
+    assert delora.lam0 is None
+    assert delora.weight_norm == "column"
+
+
+@pytest.mark.parametrize("weight", (torch.ones(3), torch.ones(3, 2).long(), torch.ones(0, 2)))
+def test_what_is_no_matrix_of_floats_is_refused(weight):
+    with pytest.raises(ValueError, match="no matrix of floats"):
+        DeLoRA(weight)
+
+
 def test_the_range_of_lambda_is_closed_below_and_open_above():
     for value in (1e-30, 1, 9e29):
         layer = DeLoRALinear(nn.Linear(2, 2).double(), lambda_init=value)
