@@ -696,6 +696,24 @@ def test_p6_the_start_is_spread_and_leaves_the_random_state_to_the_user():
 # ----------------------------------------------------------------------------------------------
 
 
+@given(case=cases(), optimizer=st.sampled_from(("SGD", "Adam")))
+def test_p7_training_changes_a_b_and_lambda_and_nothing_else(case, optimizer):
+    """A, B and λ are what an optimiser gets; then W and the frozen copy are as before."""
+    drawn = Drawn(case)
+    learning = {parameter(p) for p in (drawn.A, drawn.B, drawn.lam)}
+    trainable = {p: name for name, p in drawn.layer.named_parameters() if p.requires_grad}
+    assert learning == trainable.keys(), (
+        f"P7: trainable in layer.parameters() are {sorted(trainable.values())}, with "
+        f"{len(learning - trainable.keys())} of A, B and λ missing. Usual causes: W or b is not "
+        "frozen; a bias was added; A, B or λ is a buffer; the frozen copy is trained"
+    )
+    drawn.step(optimizer, 0.1, drawn.loss())
+    assert distance(drawn.delta(), drawn.equation()) <= drawn.rounding(), (
+        "P7: after a step ΔW is not what A, B, λ and the start give. If P9 is red, begin there. "
+        "Else the frozen copy moved with A and B"
+    )
+
+
 @given(case=cases(dtypes=DTYPES, reach=2))
 @example(Case(2, 2, 1, dtype=torch.bfloat16, batch=()))  # Seen: an x without batch, a narrow base
 def test_p7_the_layer_is_one_linear_map(case):
@@ -769,24 +787,6 @@ def test_p7_code_that_reads_the_weight_sees_the_adapter(case):
     learning = [parameter(p) for p in (drawn.A, drawn.B, drawn.lam)]
     found = torch.autograd.grad(drawn.layer.weight.sum(), learning, allow_unused=True)
     assert None not in found, "P7: layer.weight does not depend on A, B or λ"
-
-
-@given(case=cases(), optimizer=st.sampled_from(("SGD", "Adam")))
-def test_p7_training_changes_a_b_and_lambda_and_nothing_else(case, optimizer):
-    """A, B and λ are what an optimiser gets; then W and the frozen copy are as before."""
-    drawn = Drawn(case)
-    learning = {parameter(p) for p in (drawn.A, drawn.B, drawn.lam)}
-    trainable = {p: name for name, p in drawn.layer.named_parameters() if p.requires_grad}
-    assert learning == trainable.keys(), (
-        f"P7: trainable in layer.parameters() are {sorted(trainable.values())}, with "
-        f"{len(learning - trainable.keys())} of A, B and λ missing. Usual causes: W or b is not "
-        "frozen; a bias was added; A, B or λ is a buffer; the frozen copy is trained"
-    )
-    drawn.step(optimizer, 0.1, drawn.loss())
-    assert distance(drawn.delta(), drawn.equation()) <= drawn.rounding(), (
-        "P7: after a step ΔW is not what A, B, λ and the start give. If P9 is red, begin there. "
-        "Else the frozen copy moved with A and B"
-    )
 
 
 @given(case=cases(zero_column=False))
