@@ -4,7 +4,6 @@ Two processes run a job, and answer by files in a folder; what one process does 
 script is started as its users start it, and its costs are compared with what FSDP2 sends.
 """
 
-import copy
 import io
 import os
 import re
@@ -34,7 +33,7 @@ from delora import (
     merge,
     param_groups,
 )
-from test_delora import Attention, distance, same_bits, snapshot, tol
+from test_delora import distance, same_bits, tol
 
 SCRIPT = Path(__file__).parent.parent / "distributed.py"
 TEXT = english()["train"][:4096].long() % 128  # (bytes,), of ASCII
@@ -507,54 +506,6 @@ def test_what_a_forward_pass_left_whole_is_refused_as_well(tmp_path):
     """Seen: saved without a word, in the bfloat16 of mixed precision."""
     for message in in_two_processes(job_refuse_to_save, tmp_path):
         assert message.startswith("token.weight is sharded")
-
-
-@pytest.fixture
-def process_group():
-    """This process as a group of its own: enough for tensors to be sharded, without a second."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_a_sharded_model_is_refused_by_name_wherever_it_must_be_whole(process_group):
-    """And what a single process can see of it otherwise: it prints, and it has a bound."""
-    from torch.distributed import fsdp
-
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("torch.distributed.fsdp.fully_shard came with torch 2.6")
-    torch.manual_seed(0)
-    pretrained = Attention()
-    del pretrained.second  # each weight has one name here
-    del pretrained.head
-    pretrained.forward = None
-    model = copy.deepcopy(pretrained)
-    plain = copy.deepcopy(pretrained)
-    whole = copy.deepcopy(pretrained)
-    inject(model, ["q_proj", "proj"], r=2, tie_lambda=False)
-    state = adapter_state_dict(model)
-    bound = model.proj.delora.norm_bound()
-    fsdp.fully_shard(model)
-    fsdp.fully_shard(plain)
-    assert "lam" in repr(model)
-    assert model.proj.delora.norm_bound() == bound
-
-    parameters = dict(model.named_parameters())
-    parts = {key: parameters[key] for key in state}  # as they come, sharded
-    for call, message in (
-        (lambda: inject(model, ["first"]), "^first: its weight is sharded"),
-        (lambda: inject(plain, "all-linear"), "^q_proj: its weight is sharded"),
-        (lambda: merge(model), "^q_proj is sharded"),
-        (lambda: adapter_state_dict(model), "^q_proj.delora.A is sharded"),
-        (lambda: load_adapter(model, state), "^q_proj.delora.A is sharded"),
-        (lambda: load_adapter(plain, state), "^q_proj: its weight is sharded"),
-        (lambda: load_adapter(whole, parts), "^q_proj.delora.A is sharded"),
-        (lambda: model.proj.weight, "^its weight is sharded"),
-    ):
-        before = [snapshot(each) for each in (model, plain, whole)]
-        with pytest.raises(TypeError, match=message):
-            call()
-        assert [snapshot(each) for each in (model, plain, whole)] == before, message
 
 
 # ------------------------------------------------------------------------------------------------

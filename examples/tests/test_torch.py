@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +31,16 @@ from delora import (
     merge,
     param_groups,
 )
-from test_delora import TOKENS, Attention, distance, same_bits, through_a_file, tol, trained
+from test_delora import (
+    TOKENS,
+    Attention,
+    distance,
+    same_bits,
+    snapshot,
+    through_a_file,
+    tol,
+    trained,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -300,6 +310,61 @@ def test_a_model_on_the_meta_device_is_adapted_there_and_filled_later():
 
 
 # ------------------------------------------------------------------------------------------------
+# FSDP2, as far as one process can see it (two: test_distributed.py)
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group():
+    """This process as a group of its own: enough for tensors to be sharded, without a second."""
+    if not dist.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_sharded_model_is_refused_by_name_wherever_it_must_be_whole(process_group):
+    """And what a single process can see of it otherwise: it prints, and it has a bound."""
+    from torch.distributed import fsdp
+
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("torch.distributed.fsdp.fully_shard came with torch 2.6")
+    torch.manual_seed(0)
+    pretrained = Attention()
+    del pretrained.second  # each weight has one name here
+    del pretrained.head
+    pretrained.forward = None
+    model = copy.deepcopy(pretrained)
+    plain = copy.deepcopy(pretrained)
+    whole = copy.deepcopy(pretrained)
+    inject(model, ["q_proj", "proj"], r=2, tie_lambda=False)
+    state = adapter_state_dict(model)
+    bound = model.proj.delora.norm_bound()
+    fsdp.fully_shard(model)
+    fsdp.fully_shard(plain)
+    assert "lam" in repr(model)
+    assert model.proj.delora.norm_bound() == bound
+
+    parameters = dict(model.named_parameters())
+    parts = {key: parameters[key] for key in state}  # as they come, sharded
+    for call, message in (
+        (lambda: inject(model, ["first"]), "^first: its weight is sharded"),
+        (lambda: inject(plain, "all-linear"), "^q_proj: its weight is sharded"),
+        (lambda: merge(model), "^q_proj is sharded"),
+        (lambda: adapter_state_dict(model), "^q_proj.delora.A is sharded"),
+        (lambda: load_adapter(model, state), "^q_proj.delora.A is sharded"),
+        (lambda: load_adapter(plain, state), "^q_proj: its weight is sharded"),
+        (lambda: load_adapter(whole, parts), "^q_proj.delora.A is sharded"),
+        (lambda: model.proj.weight, "^its weight is sharded"),
+    ):
+        before = [snapshot(each) for each in (model, plain, whole)]
+        with pytest.raises(TypeError, match=message):
+            call()
+        assert [snapshot(each) for each in (model, plain, whole)] == before, message
+
+
+# ------------------------------------------------------------------------------------------------
 # torch's parametrizations
 # ------------------------------------------------------------------------------------------------
 
@@ -403,3 +468,15 @@ def test_a_linear_layer_that_is_adapted_by_a_parametrization_is_not_adapted_agai
         merge(alone)
     with pytest.raises(ValueError, match="there is no adapter here"), disabled(alone):
         pass
+
+
+def test_a_trainable_weight_under_a_parametrization_is_refused_by_name():
+    attention = nn.MultiheadAttention(4, 2)
+    parametrization = DeLoRA(attention.in_proj_weight)
+    nn.utils.parametrize.register_parametrization(attention, "in_proj_weight", parametrization)
+    with pytest.raises(ValueError, match="^parametrizations.in_proj_weight: original is trainable"):
+        param_groups(attention, 1e-2)
+    attention.requires_grad_(False)
+    for p in (parametrization.A, parametrization.B, parametrization.lam):
+        p.requires_grad_(True)
+    assert param_groups(attention, 1e-2)[1]["params"] == [parametrization.lam]
