@@ -27,7 +27,7 @@ found in public code. A tolerance is `tol`: the precision, times the roundings, 
 import copy
 import functools
 import gc
-import importlib
+import importlib.util
 import io
 import itertools
 import math
@@ -55,7 +55,7 @@ try:
         param_groups,
         unmerge,
     )
-except ModuleNotFoundError:  # another implementation need not have it
+except ImportError:  # another implementation need not have it
     if not os.environ.get("DELORA_SUBJECT"):
         raise
 
@@ -86,7 +86,7 @@ class Case:
     bias: bool = False
     zero_column: bool = False  # W[:, 0] = 0
     decade: int = 0  # the entries of W are of the order 10**decade
-    lengths: tuple = ()  # a_i and b_i are of the orders 10**lengths, in turn; (): as they start
+    lengths: tuple = ()  # a_i, and b_i from the last on, are about 10**lengths; (): as built
     strength: float = LAMBDA_INIT  # λ now
     batch: tuple = (3,)  # x is (*batch, in)
     seed: int = 0
@@ -152,25 +152,27 @@ def test_p1_training_starts_at_w_through_a_frozen_copy(case):
     """ΔW = 0 and layer(x) = W x + b at the start. When A turns, the copy stays (Eq. 9)."""
     drawn = Drawn(case)
     delta = drawn.delta()
-    off = distance(drawn.layer(drawn.x), drawn.base(drawn.x)), distance(delta, 0 * delta)
-    size = (4 + drawn.bound()) * (1 + drawn.x.abs().sum().item())
-    allowed = 0 if IN_FULL else tol(drawn.x.dtype, case.n_in, size)
-    assert max(off) <= allowed, (
-        f"P1: at the start the output is off by {off[0]:.3g}, ΔW by {off[1]:.3g}, allowed are "
-        f"{allowed:.3g}. Usual causes: no frozen copy, or one that is not A and B, or in fewer "
-        "bits; λ₀ in the place of λ; at the last bit: two products subtracted in one sum"
+    off = distance(delta, 0 * delta)
+    assert off <= (0 if IN_FULL else drawn.rounding()), (
+        f"P1: at the start ΔW is off by {off:.3g}. Usual causes: no frozen copy, or one that is "
+        "not A and B, or is rounded; at the last bit: two terms that cancel within one product"
+    )
+    off = distance(drawn.layer(drawn.x), drawn.base(drawn.x))
+    largest = 1 + drawn.x.abs().sum().item()  # entries of W and b are below 1
+    assert off <= (0 if IN_FULL else tol(drawn.x.dtype, 1, largest)), (
+        f"P1: ΔW = 0, but the output is off by {off:.3g}. Usual causes: b is missing or added twice"
     )
     drawn.A.data.neg_()
     off = distance(drawn.delta(), drawn.equation())
     assert off <= drawn.rounding(), (
         "P1: with −a_i for all a_i ΔW should be −2 times the first term at the start. It is off by "
-        f"{off:.3g} and has norm {drawn.delta().norm():.3g}. Usual causes: the frozen copy "
-        "shares storage with A, so that ΔW stays 0; there is none; else what P9 says"
+        f"{off:.3g} and has norm {drawn.delta().norm():.3g}. Usual cause: the frozen copy shares "
+        "storage with A, so that ΔW stays 0; else what P9 says"
     )
 
 
 @given(case=cases(decade=0) | cases(decade=-6) | cases(decade=6))
-@example(Case(2, 3, 2, lengths=(6, -6)))  # Seen: LoRA, whose update grows with A and B
+@example(Case(2, 3, 2, lengths=(6,)))  # Seen: LoRA, whose update grows with A and B
 @example(Case(33, 5, 2, lengths=(0,)))  # Seen: norms over the r components instead of each one's
 def test_p2_the_update_never_exceeds_the_bound(case):
     """‖ΔW‖_F ≤ ‖ΔW‖_* ≤ 2 |λ| max_j w_j, untied (|λ| + |λ₀|) max_j w_j (Eq. 6 to 9)."""
@@ -240,7 +242,7 @@ def norms_of(weight, weight_norm):
         return torch.ones(weight.shape[1], dtype=torch.float64)
     if weight_norm == "frobenius":
         return weight.norm().repeat(weight.shape[1])
-    return torch.stack([column.norm() for column in weight.T])
+    return weight.norm(dim=0)
 
 
 def normalised(A, B):
@@ -317,9 +319,11 @@ class Drawn:
         gradients = []
         for name, tensor, g in zip("ABλ", tensors, found, strict=True):
             assert g is not None, f"layer(x) does not depend on {name}. Is it detached on the way?"
-            # if the tensor is a view, its gradient lies in that of the parameter in the same way
-            place = tensor.shape, tensor.stride(), tensor.storage_offset()
-            gradients.append(g.contiguous().as_strided(*place))
+            if tensor._base is not None:  # a view: its gradient lies in that of the parameter
+                g = g.contiguous().as_strided(
+                    tensor.shape, tensor.stride(), tensor.storage_offset()
+                )
+            gradients.append(g)
         return gradients
 
     def rescale(self, i, c, d):
@@ -351,14 +355,16 @@ class OfClass:
 
     - The layer is an nn.Module, and works on the given weight and bias themselves, not on copies.
       A, B and λ learn, nothing else does. w is measured once. r may be larger than in or out, and
-      x has any number of dimensions. ΔW has the precision of A.
+      x has any number of dimensions. ΔW has the precision of A. `weight`, if there is one, is
+      W + ΔW.
     - How the frozen copy is kept is its own affair: the start is what A, B and λ are when `build`
-      returns. Entries of A and B start with both signs.
+      returns. A and B start at random, with entries of both signs, and no a_i or b_i tiny.
     - A component that is zero adds nothing to ΔW, and has a finite gradient.
     - What the layer does not have it declines by NotImplementedError: a weight_norm, a tie_lambda
       or a dtype of W in `build`; `merge`; the property `weight`. An attribute that is missing says
       the same, and so does any error at another mode than ("column", True) or another dtype than
-      float32. What was declined is said at the end, and is no failure.
+      float32. (What takes float64 and computes in less has to decline it.) What was declined is
+      said at the end, and is no failure.
     - Tier one is the method. Tier two, with DELORA_QUALITY=1, is the rest of the promise: all tests
       marked `quality`, zero to the bit at the start, sums rounded once, zero gradients of zero
       components, and no dtype declined by an error. There r < 1 is a ValueError or a TypeError,
@@ -396,8 +402,11 @@ def load_subject(name):
     module, _, attribute = name.partition(":")
     if module.endswith(".py"):
         sys.path.insert(0, str(Path(module).parent))
-        module = Path(module).stem
-    subject = importlib.import_module(module)
+        place = importlib.util.spec_from_file_location("subject", module)
+        subject = importlib.util.module_from_spec(place)
+        place.loader.exec_module(subject)
+    else:
+        subject = importlib.import_module(module)
     if attribute:
         subject = getattr(subject, attribute)
     return OfClass(subject) if hasattr(subject, "forward") else subject
@@ -435,6 +444,13 @@ def modes_and_dtypes():
     if not found:
         pytest.exit(f"{SUBJECT_NAME} can build no layer: {DECLINED}", 4)
     return found
+
+
+def decline(what, error):
+    if not SUBJECT_NAME:
+        raise error
+    DECLINED[what] = f"{type(error).__name__}: {error}"
+    pytest.skip(f"declined: {what}")
 
 
 def widest():
@@ -490,8 +506,6 @@ def test_p1_the_zero_start_survives_casts_and_autocast(case, other):
 
 
 @given(case=cases(moved=False), optimizer=st.sampled_from(("SGD", "Adam")), lr=st.integers(-3, 3))
-@example(Case(5, 5, 2), "SGD", 3)
-@example(Case(5, 5, 2), "Adam", 3)
 def test_p2_no_learning_rate_leaves_the_bound(case, optimizer, lr):
     """‖ΔW‖_* ≤ 2 |λ| max_j w_j after every step of any optimiser, here at 10**lr (Eq. 6 to 9)."""
     drawn = Drawn(case)
@@ -599,7 +613,7 @@ def test_p4_a_zero_component_adds_nothing(case, which):
     largest = max(of_zero[name].abs().max().item() for name in which)
     assert largest == 0 or not IN_FULL, (
         f"P4: the gradient of a zero component is {largest:.3g}: no direction is better than any. "
-        "v / (norm + ε) and v / norm.clamp(ε) give 1/ε times too much"
+        "v / (norm + ε) and v / norm.clamp(ε) give one of the order 1/ε"
     )
 
 
@@ -635,9 +649,8 @@ def test_p5_the_update_is_linear_in_lambda(case, c):
     drawn.lam.data.mul_(c)
     off = distance(drawn.delta(), drawn.equation())
     assert off <= drawn.rounding(), (
-        f"P5: at {c} λ ΔW is off by {off:.3g}. If P9 is red, begin there. Else usual causes: the "
-        "frozen copy is scaled by λ₀ though tied, or by λ though untied; |λ| or softplus(λ); a λ "
-        "that was kept from the start"
+        f"P5: at {c} λ ΔW is off by {off:.3g}. Usual causes: the frozen copy is scaled by λ₀ and "
+        "not by λ, or by λ though untied; |λ| or softplus(λ); a λ kept from the start; else see P9"
     )
 
 
@@ -650,23 +663,25 @@ def test_p5_the_update_is_linear_in_lambda(case, c):
     case=cases(moved=False, zero_column=False, batch=(3,), sizes=(2, 5, 33)),
     optimizer=st.sampled_from(("SGD", "Adam")),
 )
-@example(Case(5, 5, 2), "SGD")  # Seen: B = 0 with a clamp: full strength in one step;
-@example(Case(5, 5, 2), "Adam")  # A = B = 0, or a copy in A's storage: never moves
+# Seen: B = 0 with a clamp goes to full strength in one step; a copy in A's storage never moves
+@example(Case(5, 5, 2), "SGD")
 def test_p6_the_first_step_is_proportional_to_the_learning_rate(case, optimizer):
     """‖ΔW‖ = c η + O(η²) after a step at learning rate η, with c > 0 (Eq. 9)."""
     moves = []
-    for lr in (1e-8, 1e-7, 1e-6):
+    for factor in (1, 10, 100):
         drawn = Drawn(case)
-        drawn.step(optimizer, lr, drawn.loss() / drawn.slope.numel())
+        smallest = 1e-8 if drawn.A.dtype == torch.float64 else 1e-6
+        drawn.step(optimizer, factor * smallest, drawn.loss() / drawn.slope.numel())
         moves.append(drawn.delta().double().norm().item())
     assert moves[2] > 0, (
         "P6: a step does not move ΔW. Usual causes: the frozen copy shares storage with A and B; "
         "A and B start at zero; A, B or λ is not in layer.parameters()"
     )
     for small, large in ((moves[0], moves[1]), (moves[1], moves[2])):
-        # such steps turn a component by less than 1/100, and what is not linear is a share of that
+        # such steps turn a component by little (less than 1/100 if it starts longer than 1/50), and
+        # what is not linear is a share of that: 1/20 is ample
         assert abs(large - 10 * small) <= 0.05 * large + 11 * drawn.rounding(), (
-            f"P6: ‖ΔW‖ after one step of 1e-8, 1e-7 and 1e-6 is {moves}: not in proportion. Usual "
+            f"P6: ‖ΔW‖ after one step at each of three rates, 1 to 10 to 100, is {moves}. Usual "
             "causes: B = 0 at the start, from where any step gives full strength; no frozen copy"
         )
 
@@ -684,6 +699,7 @@ def test_p6_the_start_is_spread_and_leaves_the_random_state_to_the_user():
         assert 0.2 < share < 0.8, (
             f"P6: {share:.0%} of the entries of {name} start above 0. All zero, or positive?"
         )
+    assert not torch.equal(starts[0]["A"], starts[1]["A"]), "P6: two seeds give one A"
     assert after[0] != after[1], "P6: building sets the seed, and the user's is lost"
     components = torch.cat((starts[0]["A"], starts[0]["B"].T), dim=1)  # (r, in + out)
     assert len(components.unique(dim=0)) == 6, (
@@ -719,7 +735,7 @@ def test_p7_training_changes_a_b_and_lambda_and_nothing_else(case, optimizer):
 def test_p7_the_layer_is_one_linear_map(case):
     """layer(x) = (W + ΔW) x + b, in training and evaluation, with gradients or without (Eq. 15)."""
     drawn = Drawn(case)
-    W, b = drawn.base.weight.detach().double(), drawn.base.bias
+    W, b = drawn.base.weight.detach().double().clone(), drawn.base.bias
     x = drawn.x.double()
     for training in (True, False):
         drawn.layer.train(training)
@@ -731,14 +747,14 @@ def test_p7_the_layer_is_one_linear_map(case):
                 with context():
                     y = drawn.layer(drawn.x)
                 off = distance(y, wanted)
-                # of x, h, y and three weights; and of sums in the precision of A
-                allowed = tol(y.dtype, 6, size) + drawn.rounding(x.abs().sum().item())
+                # of x, W, ΔW, ΔW x and y; and of sums in the precision of A
+                allowed = tol(y.dtype, 1, size) + drawn.rounding(x.abs().sum().item())
                 assert off <= allowed and y.dtype == drawn.x.dtype, (
                     f"P7: {moment}, with {training=}, under {context.__name__}, layer(x) is off by "
                     f"{off:.3g}, allowed are {allowed:.3g}; its dtype is {y.dtype}. If P9 is red, "
                     "begin there. Else b is missing; or, if wrong after a step only, something kept"
                 )
-            drawn.step("Adam", 0.1, drawn.loss())
+            drawn.step("SGD", 0.1, drawn.loss())
 
 
 @given(case=cases(dtypes=(torch.float32, None)))
@@ -771,9 +787,8 @@ def test_p7_code_that_reads_the_weight_sees_the_adapter(case):
     drawn = Drawn(case)
     try:
         weight = drawn.layer.weight
-    except (AttributeError, NotImplementedError):
-        DECLINED["weight"] = "the layer has none"
-        pytest.skip("declined: weight")
+    except (AttributeError, NotImplementedError) as error:
+        decline("weight", error)
     for training in (True, False) * 2:
         with torch.set_grad_enabled(training):
             weight = drawn.layer.train(training).weight
@@ -783,7 +798,7 @@ def test_p7_code_that_reads_the_weight_sees_the_adapter(case):
             f"P7: with {training=} layer.weight is off by {off:.3g}, allowed are {allowed:.3g}. If "
             "P9 is red, begin there. Else: it is W alone, or was kept from before a step"
         )
-        drawn.step("Adam", 0.1, drawn.loss())
+        drawn.step("SGD", 0.1, drawn.loss())
     learning = [parameter(p) for p in (drawn.A, drawn.B, drawn.lam)]
     found = torch.autograd.grad(drawn.layer.weight.sum(), learning, allow_unused=True)
     assert None not in found, "P7: layer.weight does not depend on A, B or λ"
@@ -818,8 +833,7 @@ def merge_and_back(drawn):
     try:
         weight = SUBJECT.merge(drawn.layer).detach().clone()
     except (AttributeError, NotImplementedError) as error:
-        DECLINED["merge"] = f"{error}"
-        pytest.skip("merge is declined")
+        decline("merge", error)
     if hasattr(SUBJECT, "unmerge"):
         SUBJECT.unmerge(drawn.layer)
     return weight
@@ -855,7 +869,8 @@ def test_p8_merging_touches_nothing(case):
     weights = [merge_and_back(drawn) for _ in range(4)]
     assert all(same_bits(weight, weights[0]) for weight in weights), "P8: merged weights drift"
     changed = [n for n, t in drawn.layer.state_dict().items() if not same_bits(t, bits[n])]
-    assert not changed and same_bits(drawn.layer(drawn.x), y), f"P8: merging changed {changed}"
+    assert not changed, f"P8: merging changed {changed}"
+    assert same_bits(drawn.layer(drawn.x), y), "P8: merging changed the output"
     assert torch.equal(torch.get_rng_state(), random), "P8: merging draws random numbers"
     SUBJECT.merge(drawn.layer)
     assert same_bits(drawn.base.weight, W), "P8: merging wrote into W, which others may share"
@@ -877,8 +892,8 @@ def test_p9_the_update_is_a_sum_over_components(case):
     drawn = Drawn(case)
     off = distance(drawn.delta(), drawn.equation())
     assert off <= drawn.rounding(), (
-        f"P9: ΔW is off by {off:.3g}, allowed are {drawn.rounding():.3g}. It begins with "
-        f"{drawn.delta()[0, :3].tolist()}, the equation with {drawn.equation()[0, :3].tolist()}. "
+        f"P9: ΔW is off by {off:.3g}, allowed are {drawn.rounding():.3g}. ΔW / "
+        f"equation begins with {(drawn.delta() / drawn.equation())[:3, :3].tolist()}. "
         "Usual causes: if columns are off by factors, w; rows, norms of rows of W; all by one, λ "
         "or 1/r; by 1e-8 or for small lengths only, an epsilon or a clamp beside a norm; for r > 1 "
         "only, one norm for all; else the frozen copy: its sign, its λ, its storage"
@@ -904,9 +919,9 @@ def test_p10_a_saved_layer_computes_the_same_when_loaded(case):
     """layer(x) is the same bit for bit after state_dict, a file, and a new layer on the same W."""
     drawn, fresh = Drawn(case), Drawn(case)
     fresh.layer = build_layer(fresh.base.weight, fresh.base.bias, case.r, case.mode, 0.5)
-    missing = fresh.layer.load_state_dict(through_a_file(drawn.layer.state_dict()))
+    fresh.layer.load_state_dict(through_a_file(drawn.layer.state_dict()))
     assert same_bits(fresh.layer(drawn.x), drawn.layer(drawn.x)), (
-        f"P10: a loaded layer differs ({missing}): what is frozen is not in state_dict"
+        "P10: a loaded layer differs: the frozen copy, w or λ₀ is not in state_dict"
     )
 
 
@@ -990,12 +1005,12 @@ def test_delora_linear_has_the_weight_and_bias_of_what_it_merges_to(case):
     layer, merged = drawn.layer.eval(), drawn.layer.merged()
     assert type(merged) is nn.Linear and not merged.training
     assert (merged.in_features, merged.out_features) == (case.n_in, case.n_out)
-    assert same_bits(merged.weight, layer.weight) and same_bits(
-        drawn.base.weight, layer.base_layer.weight
-    )
+    assert same_bits(merged.weight, layer.weight)
     assert (merged.bias is None) == (layer.bias is None) == (not case.bias)
     if case.bias:
-        assert same_bits(merged.bias, drawn.base.bias) and merged.bias is not drawn.base.bias
+        assert same_bits(merged.bias, drawn.base.bias) and (
+            merged.bias.data_ptr() != drawn.base.bias.data_ptr()
+        )
     assert not any(p.requires_grad for p in merged.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         assert same_bits(layer.weight, merged.weight)
@@ -1117,7 +1132,6 @@ def test_inject_matches_names_from_a_dot_on_and_expressions_as_a_whole(targets, 
         ({"dropout": 1.0}, "q_proj: dropout .*got 1.0"),
         ({"dropout": math.nan}, "q_proj: dropout .*got nan"),
         ({"weight_norm": "row"}, "q_proj: weight_norm .*'row'"),
-        ({"rank": 8}, "rank"),
     ],
 )
 def test_inject_names_what_is_wrong_and_changes_nothing(arguments, message):
@@ -1181,7 +1195,9 @@ def test_merge_and_unmerge_refuse_what_does_not_fit():
     model.q_proj.delora.w.data.fill_(1)
     adapters = merge(model)
     for wrong in ({"q_proj": nn.Linear(8, 8)}, {"norm": adapters["q_proj"]}, {"no": 3}):
-        refuses(lambda m, wrong=wrong: unmerge(m, adapters | wrong), model, next(iter(wrong)))
+        refuses(
+            lambda m, wrong=wrong: unmerge(m, adapters | wrong), model, f"^{next(iter(wrong))}: "
+        )
     unmerge(model, adapters)
     refuses(lambda m: unmerge(m, adapters), model, "q_proj: there is no merged layer")
 
@@ -1215,11 +1231,12 @@ def test_param_groups_give_lambda_its_own_rate_and_no_decay():
     assert (strengths["lr"], strengths["weight_decay"]) == (0.0, 0.0)
     lams = [adapters["q_proj"].delora.lam, adapters["first"].delora.lam]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    assert strengths["params"] == lams
+    assert list(map(id, strengths["params"])) == list(map(id, lams))
     assert sorted(map(id, rest["params"] + lams)) == sorted(map(id, trainable))
     lams[0].requires_grad_(False)
     rest, strengths = param_groups(model, 1e-2)
-    assert (rest["weight_decay"], strengths["lr"], strengths["params"]) == (0.0, 1e-2, lams[1:])
+    assert (rest["weight_decay"], strengths["lr"]) == (0.0, 1e-2)
+    assert strengths["params"][0] is lams[1] and len(strengths["params"]) == 1
 
 
 @own
@@ -1233,12 +1250,6 @@ def test_param_groups_refuse_a_trainable_w_and_warn_of_16_bits():
     model.embed.requires_grad_(False)
     with pytest.warns(UserWarning, match="cast first, then inject"):
         param_groups(model.bfloat16(), 1e-2)
-    for call in (
-        adapter_state_dict,
-        lambda m: param_groups(m, 1e-3),
-        lambda m: disabled(m).__enter__(),
-    ):
-        refuses(call, Attention(), "there is no adapter here")
 
 
 @own

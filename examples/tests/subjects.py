@@ -720,7 +720,7 @@ class BiasIsTrained(Plain):
 class WAndBCopied(Plain):
     """W and b are copied: a weight that was tied to another module is not any more."""
 
-    tier = 2
+    tier = 1
 
     def plant(self):
         self.W = nn.Parameter(self.W.detach().clone(), requires_grad=False)
@@ -1137,7 +1137,7 @@ class MeasuredAnew(Plain):
 class NormsInBfloat16(Plain):
     """w is rounded to W's dtype, be it bfloat16."""
 
-    tier = 2
+    tier = 1
 
     def measure(self):
         return wide(super().measure().to(self.W.dtype))
@@ -1332,7 +1332,7 @@ class MergeRoundsTwice(Plain):
 class MergeWritesIntoW(Plain):
     """Merging writes into the W that was given, and that others may hold."""
 
-    tier = 2
+    tier = 1
 
     def merge(self):
         self.W.data.copy_(self.weight)

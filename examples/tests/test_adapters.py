@@ -168,6 +168,18 @@ def test_unmerging_follows_the_mode_and_the_device_of_the_model():
     assert not model.q_proj.training and not model.q_proj.dropout.training
 
 
+@pytest.mark.parametrize("call", (merge, adapter_state_dict, disabled, param_groups))
+def test_what_needs_adapters_says_so_when_there_are_none(call):
+    with pytest.raises(ValueError, match="there is no adapter here"):
+        if call is param_groups:
+            param_groups(Attention(), 1e-3)
+        elif call is disabled:
+            with disabled(Attention()):
+                pass
+        else:
+            call(Attention())
+
+
 def test_an_adapter_is_in_float32_or_in_float64_if_its_base_is():
     assert DeLoRALinear(nn.Linear(2, 2)).delora.A.dtype == torch.float32
     assert DeLoRALinear(nn.Linear(2, 2).double()).delora.A.dtype == torch.float64
@@ -473,6 +485,16 @@ def test_an_adapter_of_another_base_is_warned_of(mode):
     with pytest.warns(UserWarning, match=message) as seen:
         load_adapter(pretrained, state)
     assert len(seen) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*w has norm")
+@pytest.mark.parametrize("mode", ("column", "frobenius", None))
+def test_the_mode_is_read_from_the_file_also_on_another_base(mode):
+    model = Attention()
+    inject(model, ["q_proj"], r=3, weight_norm=mode)
+    fresh = Attention()
+    load_adapter(fresh, adapter_state_dict(model))
+    assert f"w={mode}, tied=True" in str(fresh)
 
 
 @measured_by
