@@ -490,7 +490,7 @@ def test_p1_the_zero_start_survives_casts_and_autocast(case, other):
         for narrow in (None, torch.bfloat16, torch.float16):
             with torch.autocast("cpu", narrow, enabled=narrow is not None):
                 y, wanted = drawn.layer(x), drawn.base(x)
-            off = distance(y, wanted)
+            off = distance(y, wanted.to(y.dtype))
             assert off == 0, (
                 f"P1: {moment}, under autocast to {narrow}, the output is off by {off:.3g}: A and "
                 "its copy are rounded in different ways, or something overflows"
@@ -844,8 +844,8 @@ def merge_and_back(drawn):
 def test_p8_the_merged_weight_is_the_sum_rounded_once(case):
     """|merged − (W + ΔW)| ≤ ½ ulp, and the rounding of float32 or wider; in tier one a few ulp."""
     drawn = Drawn(case)
-    merged = merge_and_back(drawn)
     exact = drawn.base.weight.detach().double() + drawn.delta().double()  # (out, in)
+    merged = merge_and_back(drawn)
     info = torch.finfo(merged.dtype)
     half_ulp = info.eps / 2 * exact.abs().clamp(min=info.smallest_normal)
     allowed = half_ulp + tol(torch.promote_types(drawn.A.dtype, torch.float32), 1, exact)
