@@ -402,7 +402,7 @@ def load_subject(name):
     module, _, attribute = name.partition(":")
     if module.endswith(".py"):
         sys.path.insert(0, str(Path(module).parent))
-        place = importlib.util.spec_from_file_location("subject", module)
+        place = importlib.util.spec_from_file_location(Path(module).stem, module)
         subject = importlib.util.module_from_spec(place)
         place.loader.exec_module(subject)
     else:
