@@ -25,11 +25,12 @@ TIME_LIMIT = 1800  # seconds, for one layer
 pytestmark = pytest.mark.slow
 
 
-def run_contract(subject, *options):
+def run_contract(subject, profile, *options):
     """The finished process of test_delora.py on a class of subjects.py, in the tier it names."""
     environment = os.environ | {
         "DELORA_SUBJECT": f"examples/tests/subjects.py:{subject.__name__}",
         "OMP_NUM_THREADS": "1",
+        "HYPOTHESIS_PROFILE": profile,
     }
     environment.pop("DELORA_QUALITY", None)
     if subject.tier == 2:
@@ -45,11 +46,11 @@ def run_contract(subject, *options):
     )
 
 
-def red_tests(subject, *options):
+def red_tests(subject, profile, *options):
     """The names of the tests that turn red, each once, in the contract's order."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        run = run_contract(subject, f"--junitxml={report}", *options)
+        run = run_contract(subject, profile, f"--junitxml={report}", *options)
         if run.returncode not in (0, 1):  # 1: some test failed
             raise RuntimeError(f"{subject.__name__}: {run.stdout[-2000:]}{run.stderr[-2000:]}")
         cases = ElementTree.parse(report).findall(".//testcase")
@@ -70,8 +71,8 @@ SAMPLE = subjects.WRONG[::8]
 def red():
     """{layer: the tests that turn red on it}, two layers at a time."""
     with ThreadPoolExecutor(2) as pool:
-        right = [pool.submit(red_tests, subject) for subject in subjects.RIGHT]
-        wrong = [pool.submit(red_tests, subject, "-x") for subject in SAMPLE]
+        right = [pool.submit(red_tests, subject, "quick") for subject in subjects.RIGHT]
+        wrong = [pool.submit(red_tests, subject, "quick", "-x") for subject in SAMPLE]
         found = [run.result() for run in (*right, *wrong)]
     return dict(zip((*subjects.RIGHT, *SAMPLE), found, strict=True))
 
@@ -112,7 +113,8 @@ def main():
     if options.only:
         chosen = [subject for subject in chosen if subject.__name__ in options.only]
     with ThreadPoolExecutor(2) as pool:
-        red = dict(zip(chosen, pool.map(red_tests, chosen), strict=True))
+        runs = [pool.submit(red_tests, subject, "fast") for subject in chosen]
+        red = {subject: run.result() for subject, run in zip(chosen, runs, strict=True)}
     first_red = [names[0] for names in red.values() if names]
     order = [test for test in conformance.properties() if test in first_red]
     for test in order:
