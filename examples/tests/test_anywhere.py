@@ -341,6 +341,7 @@ def test_a_kernel_is_read_as_a_matrix(kind, convolve, groups):
     assert distance(conv(x), y) <= tol(torch.float32, terms + columns.shape[1], y)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 @pytest.mark.filterwarnings("ignore")  # torch's own, about itself
 def test_a_compiled_convolution_is_the_same():

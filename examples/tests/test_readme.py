@@ -152,6 +152,7 @@ def test_the_layer_of_the_readme_passes_the_contract_as_it_says(tmp_path):
         assert re.search(pattern, run.stdout), (line, run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("subject", "message"),
     [
