@@ -1,7 +1,7 @@
 """Can the tests fail? Break delora.py in one place at a time, and report which test turns red.
 
     python .ci/mutants.py                   every mutant: about an hour of CPU time
-    python .ci/mutants.py --sample 40       the known mistakes and 40 others, the same every time
+    python .ci/mutants.py --sample 40       40 of them, half known mistakes, the same every time
     python .ci/mutants.py --only known      those whose description contains the text
     python .ci/mutants.py --contract        by test_delora.py alone: what the contract catches
     python .ci/mutants.py --list            print the descriptions, run nothing
@@ -72,7 +72,7 @@ FILES = {
 CPU_FACTOR = 5  # times what delora.py takes; more is a time-out
 WALL_FACTOR = 100  # likewise, in seconds on the clock: for what waits for ever and computes nothing
 
-# Functions that are the equation. Half of the other mutants in a sample are theirs.
+# Functions that are the equation. Half of what is not known in a sample is theirs.
 EQUATION = (
     "_unit:",
     "_weight_norms:",
@@ -993,9 +993,14 @@ def small_mutants():
             yield Mutant(description, source)
 
 
+def shuffled_by_description(mutants):
+    """In an order that depends on nothing else."""
+    return sorted(mutants, key=lambda mutant: random.Random(mutant.description).random())
+
+
 def sample(others, n):
-    """n of them, half from the equation. Which ones depends on nothing but their descriptions."""
-    shuffled = sorted(others, key=lambda mutant: random.Random(mutant.description).random())
+    """n of them, half from the equation."""
+    shuffled = shuffled_by_description(others)
     equation = [mutant for mutant in shuffled if mutant.description.startswith(EQUATION)]
     chosen = equation[: (n + 1) // 2]
     elsewhere = [mutant for mutant in shuffled if mutant not in chosen]
@@ -1148,7 +1153,7 @@ def complaints(results, names):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sample", type=int, help="the known mistakes and that many others")
+    parser.add_argument("--sample", type=int, help="that many, half of them known")
     parser.add_argument("--only", default="", help="those whose description contains this text")
     parser.add_argument("--contract", action="store_true", help=f"run {TESTS[0]} alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at a time")
@@ -1160,7 +1165,8 @@ def main():
     known = [mutant for mutant in known if options.only in mutant.description]
     others = [mutant for mutant in others if options.only in mutant.description]
     if options.sample is not None:
-        others = sample(others, options.sample)
+        known = shuffled_by_description(known)[: options.sample // 2]
+        others = sample(others, options.sample - len(known))
     chosen = known + others
     if options.list:
         for mutant in chosen:
