@@ -116,7 +116,7 @@ def cases(draw, moved=True, dtypes=(None,), reach=6, sizes=(1, 2, 5, 33), **fixe
     if moved:
         lengths = st.lists(st.integers(-reach, reach), min_size=1, max_size=3)
         options["lengths"] = lengths.map(tuple)
-        options["strength"] = st.sampled_from((3.0, -2.0, 1e-6))
+        options["strength"] = st.sampled_from((LAMBDA_INIT, -2.0, 1e-6))
     drawn = {name: draw(option) for name, option in options.items()}
     return Case(**drawn | {"mode": mode, "dtype": dtype} | fixed)
 
@@ -535,7 +535,7 @@ def test_p2_the_bound_is_attained(case):
     )
 
 
-@given(case=cases(n_in=7, n_out=6, strength=3.0), k=st.integers(0, 2))
+@given(case=cases(n_in=7, n_out=6, strength=LAMBDA_INIT), k=st.integers(0, 2))
 def test_p2b_every_direction_is_reachable(case, k):
     """The first term can be M diag(w) for any M of rank r or less and nuclear norm λ (Eq. 7).
 
@@ -546,14 +546,14 @@ def test_p2b_every_direction_is_reachable(case, k):
     r = 2**k
     drawn = Drawn(replace(case, r=r))
     U, S, V = torch.svd(torch.randn(6, r).double() @ torch.randn(r, 7).double())
-    root = (3 * S[:r] / S[:r].sum()).sqrt()  # (r,), Σ^½
+    root = (LAMBDA_INIT * S[:r] / S[:r].sum()).sqrt()  # (r,), Σ^½
     Q = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(k):
         Q = torch.kron(Q, torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()) / 2**0.5
     A, B = ((V[:, :r] * root) @ Q).T, (U[:, :r] * root) @ Q
     drawn.A.data.copy_(10 * A)
     drawn.B.data.copy_(B / 10)
-    off = distance(drawn.delta(), (B @ A - 3 * drawn.start / r) * drawn.w)
+    off = distance(drawn.delta(), (B @ A - LAMBDA_INIT * drawn.start / r) * drawn.w)
     assert off <= drawn.rounding(), (
         f"P2b: a matrix of nuclear norm λ is missed by {off:.3g}. If P9 is red, begin there"
     )
