@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from delora import inject, param_groups
+from delora import DeLoRALinear, inject, param_groups
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -82,16 +82,16 @@ def python():
 class Block(nn.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        self.norm1 = nn.LayerNorm(WIDTH)
-        self.q = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.k = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.v = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.o = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.norm2 = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 4 * WIDTH)
-        self.down = nn.Linear(4 * WIDTH, WIDTH)
+        self.norm1 = nn.LayerNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.o = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
 
     def forward(self, x):
         h = self.norm1(x)  # (batch, time, width)
@@ -111,18 +111,18 @@ class Block(nn.Module):
 class ByteTransformer(nn.Module):
     """A causal language model over bytes."""
 
-    def __init__(self):
+    def __init__(self, width=WIDTH, layers=LAYERS):
         super().__init__()
-        self.token = nn.Embedding(256, WIDTH)
-        self.position = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, 256, bias=False)
+        self.token = nn.Embedding(256, width)
+        self.position = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 256, bias=False)
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 continue
             adds_to_the_residual = "down" in name or ".o." in name
-            nn.init.normal_(p, std=0.02 / (2 * LAYERS) ** 0.5 if adds_to_the_residual else 0.02)
+            nn.init.normal_(p, std=0.02 / (2 * layers) ** 0.5 if adds_to_the_residual else 0.02)
 
     def forward(self, tokens):
         x = self.token(tokens) + self.position.weight[: tokens.shape[1]]  # (batch, time, width)
@@ -255,10 +255,17 @@ FROZEN = "frozen layer"
 FULL = "full fine-tuning"
 LORA = "LoRA"
 PEFT_LORA = "PEFT LoRA"
+PEFT_DORA = "PEFT DoRA"
 PEFT_DELORA = "PEFT DeLoRA"
 OURS = "DeLoRA"
-COLOURS = {LORA: "#cc3311", FULL: "#777777", PEFT_DELORA: "#ee9922", OURS: "#0077bb"}
-MARKERS = {LORA: "s", FULL: "^", PEFT_DELORA: "v", OURS: "o"}
+COLOURS = {
+    LORA: "#cc3311",
+    PEFT_DORA: "#aa3377",
+    FULL: "#777777",
+    PEFT_DELORA: "#ee9922",
+    OURS: "#0077bb",
+}
+MARKERS = {LORA: "s", PEFT_DORA: "D", FULL: "^", PEFT_DELORA: "v", OURS: "o"}
 
 
 class PlainLoRA(nn.Module):
@@ -290,33 +297,46 @@ def adapt(model, method, targets, r):
     elif method != FROZEN:
         import peft
 
-        config = peft.LoraConfig if method == PEFT_LORA else peft.DeloraConfig
-        model = peft.get_peft_model(model, config(r=r, target_modules=list(targets)))
-        model = model.base_model.model
+        options = {"r": r, "target_modules": list(targets)}
+        if method == PEFT_DELORA:
+            config = peft.DeloraConfig(**options)
+        else:
+            config = peft.LoraConfig(lora_alpha=r, use_dora=method == PEFT_DORA, **options)
+        model = peft.get_peft_model(model, config).base_model.model
     return model
 
 
-def prepare(model, method, lr):
+def prepare(model, method, lr, lambda_lr=None):
     """Adapt model by that method, r = 8 on all blocks. Returns the groups for the optimiser.
 
-    λ has half the rate of A and B.
+    λ has half the rate of A and B unless lambda_lr is given.
     """
+    lambda_lr = lr / 2 if lambda_lr is None else lambda_lr
     if method == FULL:
         return [{"params": [*model.parameters()], "lr": lr}]
     adapt(model, method, LEAVES, r=8)
     if method == OURS:
-        return param_groups(model, lr, lambda_lr=lr / 2)
+        return param_groups(model, lr, lambda_lr=lambda_lr)
     strengths, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
             group = strengths if "delora_lambda" in name else others  # PEFT's name
             group.append(p)
-    return [{"params": others, "lr": lr}, {"params": strengths, "lr": lr / 2}]
+    return [{"params": others, "lr": lr}, {"params": strengths, "lr": lambda_lr}]
 
 
 def without_peft(methods):
     """Those of the methods that can be run here."""
     return [method for method in methods if PEFT or not method.startswith("PEFT")]
+
+
+def deloras(model):
+    """The DeLoRA of every layer that has one, by the layer's name."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, DeLoRALinear):
+            found[name] = module.delora
+    return found
 
 
 @torch.no_grad()
@@ -357,9 +377,9 @@ def finite(number):
     return number if math.isfinite(number) else None
 
 
-def adapted_and_trained(job, groups):
+def adapted_and_trained(job, groups, look=lambda model: {}):
     """Adapt by groups(model), which returns an optimiser's groups, and train. The job with what
-    came out.
+    came out, and with what look(model) finds.
     """
     quick = job["quick"]
     windows = 16 if quick else 128
@@ -371,7 +391,7 @@ def adapted_and_trained(job, groups):
     moved = (weights(model) - weights(base(quick))).norm().item()
     new = validate(model, python()["valid"], windows)
     old = validate(model, english()["valid"], windows)
-    return job | {"new": finite(new), "old": finite(old), "moved": finite(moved)}
+    return job | {"new": finite(new), "old": finite(old), "moved": finite(moved)} | look(model)
 
 
 def sweep(job, jobs):
@@ -422,12 +442,12 @@ def write_json(found, path):
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def experiment(name, about, job, plan, report, draw, size=(8, 3.6)):
+def experiment(name, about, job, plan, report, draw, size=(8, 3.6), with_peft=False):
     """The command line that the experiments share: run and keep the numbers, or read them; then
     show.
 
     about is the script's docstring; plan(quick) the jobs, job(one of them) what came out of it;
-    report(found) the tables; draw(found, figure) the picture.
+    report(found) the tables; draw(found, figure) the picture. with_peft: methods of peft take part.
     """
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the whole path in seconds")
@@ -450,8 +470,8 @@ def experiment(name, about, job, plan, report, draw, size=(8, 3.6)):
         found |= {"runs": sweep(job, jobs), "took": round(time.monotonic() - start)}
         write_json(found, numbers)
     print(f"\n{report(found)}\n{measured(found)}")
-    if not found["peft"]:
-        print("peft is not installed: its DeLoRA is left out.")
+    if with_peft and not found["peft"]:
+        print("peft is not installed: its methods are left out.")
     if MATPLOTLIB:
         picture(functools.partial(draw, found), out / f"{name}.svg", size)
         print(f"Figure and numbers: {os.path.relpath(out / name)}.svg, {os.path.relpath(numbers)}")

@@ -2,9 +2,9 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.4", "numpy", "peft>=0.21", "matplotlib"]
 # ///
-"""The learning rate, from far too low to far too high: LoRA, DeLoRA and full fine-tuning (Fig. 2).
+"""The learning rate, from far too low to far too high, for five methods (Fig. 2).
 
-    python examples/experiments/robustness.py            all runs: about 15 minutes on two cores
+    python examples/experiments/robustness.py            all runs: about 20 minutes on two cores
     python examples/experiments/robustness.py --redraw   tables and figure of the last run
     python examples/experiments/robustness.py --quick    in seconds, too short for figures to quote
 
@@ -12,22 +12,24 @@ The quickstart's model, pretrained on English, is adapted to Python source code 
 rates over four decades, with three seeds each (they set what an adapter starts from, and which text
 each step sees). Every run is 150 steps of AdamW on 8 windows of 128 bytes, without weight decay,
 with linear warm-up over 6 % and linear decay. The adapters have r = 8 on all 24 matrices of the
-blocks; λ starts at 15 and learns at half the rate of A and B, so that a sweep moves both. Full
-fine-tuning trains everything.
+blocks; λ starts at 15 and learns at half the rate of A and B, so that a sweep moves both. DoRA and
+one DeLoRA are PEFT's. Full fine-tuning trains everything.
 
 At the end of each run three numbers are kept: the loss on the new text's validation part, the loss
 on the old text's, and ‖W' - W‖, the Frobenius norm over all 24 matrices. W' is not asked from the
 method but measured from its outputs. By the width of a method is meant how many decades of learning
 rate around its best one keep the loss within 0.05 of its own best, or of the best that any adapter
 reaches, with straight lines between the points; + says that they go on beyond the sweep. In
-brackets are the lowest and the highest seed.
+brackets are the lowest and the highest seed. Of DeLoRA it is also kept how long the rows a_i of A
+and the columns b_i of B became, and by what angle they turned away from their start.
 
-Without peft its DeLoRA is left out; without matplotlib there is no figure. Both are said.
+Without peft its methods are left out; without matplotlib there is no figure. Both are said.
 """
 
 import math
 import statistics
 
+import torch
 from common import (
     COLOURS,
     FULL,
@@ -36,21 +38,40 @@ from common import (
     NEAR,
     OURS,
     PEFT_DELORA,
+    PEFT_DORA,
     SEEDS,
     adapted_and_trained,
     curve,
+    deloras,
     experiment,
     over_seeds,
     prepare,
     without_peft,
 )
+from torch.nn import functional as F
 
-METHODS = without_peft((LORA, FULL, PEFT_DELORA, OURS))
+METHODS = without_peft((LORA, PEFT_DORA, FULL, PEFT_DELORA, OURS))
 RATES = tuple(10 ** (k / 2) for k in range(-8, 1))  # 1e-4 ... 1
 
 
+@torch.no_grad()
+def turning(model):
+    """How long the rows of A and the columns of B became, and how far they turned, in degrees.
+
+    Means over the components of all layers; nothing if the model has no DeLoRA.
+    """
+    found = {"length_a": [], "length_b": [], "turned_a": [], "turned_b": []}
+    for delora in deloras(model).values():
+        for key, new, old in (("a", delora.A, delora.A0), ("b", delora.B.T, delora.B0.T)):
+            cosines = F.cosine_similarity(new, old, dim=1)  # (r,)
+            found[f"length_{key}"] += new.norm(dim=1).tolist()
+            found[f"turned_{key}"] += cosines.clamp(-1, 1).acos().rad2deg().tolist()
+    return {key: statistics.fmean(values) for key, values in found.items() if values}
+
+
 def one(job):
-    return adapted_and_trained(job, lambda model: prepare(model, job["method"], job["lr"]))
+    groups = lambda model: prepare(model, job["method"], job["lr"])  # noqa: E731
+    return adapted_and_trained(job, groups, turning)
 
 
 def plan(quick):
@@ -101,6 +122,27 @@ def width_cell(rates, losses_by_seed, limit=None):
     return f"{statistics.fmean(widths):.2f}{more} ({min(widths):.2f} to {max(widths):.2f})"
 
 
+def turning_table(runs, rates, wide):
+    """Nothing for ablation.py, which does not measure it."""
+    ours = [run for run in runs if "length_a" in run]
+    if not ours:
+        return []
+    lines = ["DeLoRA's components after training, mean over layers and seeds"]
+    rows = (
+        ("length_a", 2, "‖a_i‖"),
+        ("length_b", 2, "‖b_i‖"),
+        ("turned_a", 0, "a_i turned by, degrees"),
+        ("turned_b", 0, "b_i turned by, degrees"),
+    )
+    for key, digits, title in rows:
+        row = f"  {title:{wide}}"
+        for lr in rates:
+            mean = statistics.fmean(over_seeds(ours, key, lr=lr))
+            row += f"{mean:>9.{digits}f}"
+        lines.append(row)
+    return [*lines, ""]
+
+
 def report(found):
     runs, before = found["runs"], found["before"]
     rates = list(dict.fromkeys(run["lr"] for run in runs))
@@ -122,6 +164,7 @@ def report(found):
                 row += f"{mean:>9.{digits}f}"
             lines.append(row)
         lines.append("")
+    lines += turning_table(runs, rates, wide)
 
     least = math.inf  # the best that any adapter reaches, in the mean over seeds
     for method in methods:
@@ -161,8 +204,8 @@ def draw(found, figure):
     right.set(yscale="log", ylim=(None, 1e5), ylabel="‖W' − W‖")
     right.set_title("Distance from the pretrained weights", fontsize=10)
     lines = left.get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(*lines, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
 
 
 if __name__ == "__main__":
-    experiment("robustness", __doc__, one, plan, report, draw)
+    experiment("robustness", __doc__, one, plan, report, draw, with_peft=True)
