@@ -43,6 +43,7 @@ from pathlib import Path
 
 import common
 import torch
+import width
 from common import (
     CACHE,
     FROZEN,
@@ -61,7 +62,7 @@ from common import (
 from torch import nn
 from torch.nn import functional as F
 
-from delora import inject
+from delora import inject, param_groups
 
 BOTH, ALONE = "forward + backward", "forward, no_grad"
 STEPS = (  # what, tokens, in, out, r
@@ -319,6 +320,29 @@ def stack(device, dtype, methods, budget, quick):
     return {"layers": layers, "width": width, "tokens": batch * context, "rows": rows}
 
 
+def first_step(device, dtype, quick):
+    """The share of full strength after one step of AdamW, of a block of width 4096, by learning
+    rate: [lowest, highest] of three seeds. As in width.py, but on this device and in this dtype.
+    """
+    wide = 128 if quick else 4096
+    found = {}
+    for lr in width.RATES:
+        shares = []
+        for seed in common.SEEDS:
+            torch.manual_seed(seed)
+            model = common.ByteTransformer(wide, layers=1).to(device, dtype)
+            inject(model, common.LEAVES, r=8)
+            groups = param_groups(model, lr, lambda_lr=lr / 2)
+            optimizer = torch.optim.AdamW(groups, weight_decay=0)
+            constant = lambda step: 1.0  # noqa: E731
+            silent = lambda step, loss: None  # noqa: E731
+            text = common.python()["train"]
+            common.train(model, text, optimizer, 1, seed, silent, constant, batch=2)
+            shares.append(width.share(model, wide))
+        found[f"{lr:.1e}"] = [min(shares), max(shares)]
+    return {"width": wide, "shares": found}
+
+
 # ------------------------------------------------------------------------------------------------
 # All measurements
 # ------------------------------------------------------------------------------------------------
@@ -356,10 +380,10 @@ def measure(device, dtype, budget, quick):
             shape = [max(n // 8, 2) for n in shape]
         print("  {}: {} tokens, {} to {}, r = {} ...".format(what, *shape), flush=True)
         found["steps"].append(measure_step(what, shape, methods, budget, device, dtype))
-    tokens, width, r = (128, 64, 4) if quick else (2048, 1024, 16)
-    found["kept"] = {"shape": (tokens, width, r)}
+    tokens, wide, r = (128, 64, 4) if quick else (2048, 1024, 16)
+    found["kept"] = {"shape": (tokens, wide, r)}
     for method in methods:
-        found["kept"][method] = kept(method, tokens, width, r)
+        found["kept"][method] = kept(method, tokens, wide, r)
     print("  a training step ...", flush=True)
     steps = {m: training_step(m, device) for m in methods if m != FROZEN}
     times = side_by_side(steps, budget, device)
@@ -369,6 +393,8 @@ def measure(device, dtype, budget, quick):
     if device == "cuda" or quick:
         print("  a stack, eager and compiled ...", flush=True)
         found["stack"] = stack(device, dtype, methods, budget, quick)
+        print("  the first step ...", flush=True)
+        found["first"] = first_step(device, dtype, quick)
     return found
 
 
@@ -470,7 +496,13 @@ def report(found):
     lines.append("Injection into the shapes of Llama 7B, ms a linear layer:")
     lines.append(f"  {on_meta:.1f} on the meta device, {beyond:.1f} in float32 beyond a read of W")
     if "stack" in found:
-        lines += stack_table(found)
+        lines += ["", *stack_table(found)]
+        shares = []
+        for lr, (low, high) in found["first"]["shares"].items():
+            shares.append(f"{low:.2f} to {high:.2f} at {lr}")
+        shape = f"width {found['first']['width']}, {found['dtype']}"
+        lines.append(f"Share of full strength after one step of AdamW, {shape}:")
+        lines.append("  " + ", ".join(shares))
     return "\n".join(lines)
 
 
