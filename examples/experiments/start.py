@@ -13,7 +13,7 @@ norm has to be kept away from zero, by a clamp at 1e-4 as in PEFT 0.21.2 (a test
 below with it). The first step of AdamW makes every entry of B as large as the learning rate, and
 then B is normalised: at any rate that brings its norm above the clamp, the first step goes to full
 strength, in whatever direction the first batch has. With the frozen copy the first step is as small
-as the rate.
+as the rate, as long as that is small for the width: this model is 128 wide, width.py has others.
 
 The model, the texts and the batches are those of robustness.py, on all 24 matrices of the blocks
 with r = 8 and λ = 15, at four constant learning rates (λ has half of it) without warm-up, three
@@ -54,7 +54,7 @@ RATES = (1e-5, 1e-4, 1e-3, 1e-2)
 class Clamped(nn.Module):
     """y = (W + λ/r · B Ξ A · diag(w)) x + b from B = 0, with every norm in Ξ held above a floor."""
 
-    def __init__(self, base, r, lambda_init=15.0, floor=1e-4):
+    def __init__(self, base, r, lambda_init, floor=1e-4):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.floor = floor
@@ -70,12 +70,12 @@ class Clamped(nn.Module):
         return self.base(x) + F.linear(h, self.B)  # (..., out)
 
 
-def clamp(model, r):
+def clamp(model, r, lambda_init=15.0):
     """Put Clamped in the place of every layer that the experiments adapt, and freeze the rest."""
     model.requires_grad_(False)
     for block in model.blocks:
         for leaf in LEAVES:
-            setattr(block, leaf, Clamped(getattr(block, leaf), r))
+            setattr(block, leaf, Clamped(getattr(block, leaf), r, lambda_init))
 
 
 def clamped_groups(model, lr):
