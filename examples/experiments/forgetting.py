@@ -5,7 +5,7 @@
 """Training far too long on little text: who drifts away from the pretrained model, who forgets
 (Fig. 3).
 
-    python examples/experiments/forgetting.py            all runs: about 20 minutes on two cores
+    python examples/experiments/forgetting.py            all runs: about 25 minutes on two cores
     python examples/experiments/forgetting.py --redraw   table and figure of the last run
     python examples/experiments/forgetting.py --quick    in seconds, too short for figures to quote
 
@@ -131,6 +131,7 @@ def best_stop(found, method):
 def report(found):
     steps = found["runs"][0]["step"]
     methods = list(dict.fromkeys(run["method"] for run in found["runs"]))
+    rates = {run["method"]: run["lr"] for run in found["runs"]}
     before = []
     for key, what in (("new", "new text"), ("old", "old text")):
         before.append(f"{what} {at(found, methods[0], key)[0][0]:.2f}")
@@ -143,7 +144,7 @@ def report(found):
             moved = statistics.fmean(at(found, method, "moved")[n])
             new = statistics.fmean(at(found, method, "new")[n])
             old = at(found, method, "old")[n]
-            row = f"  {method:17}{RATES[method]:>8.1e}{steps[n]:>7}{moved:>11.1f}"
+            row = f"  {method:17}{rates[method]:>8.1e}{steps[n]:>7}{moved:>11.1f}"
             strengths = at(found, method, "strength")[n]
             if None in strengths:
                 row += f"{'-':>7}"

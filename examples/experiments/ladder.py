@@ -24,11 +24,12 @@ How the last rung follows from the one before it:
     the length that W gave comes back by column, on the right: diag(w), w_j = ‖W[:, j]‖
     D and C stay at their start B₀ and A₀: ΔW = λ/r (B Ξ A - B₀ Ξ₀ A₀) diag(w)
 
-At the start λ has about the same meaning on every rung. For random directions W b_i / ‖b_i‖ is
-about as long as a column of W, ‖W‖_F / √in. So each half of the difference starts at about
-λ ‖W‖_F / √(r · in), multiplied or added, and one grid of λ serves all. The halves are equal then,
-and W' is W to the bit. What training can reach is not the same. Multiplied, a half is up to λ times
-the largest singular value of W; added, up to λ max_j w_j. So the same λ lets the former go further.
+At the start λ has about the same meaning on every rung that has the same r. For random directions
+W b_i / ‖b_i‖ is about as long as a column of W, ‖W‖_F / √in. So each half of the difference starts
+at about λ ‖W‖_F / √(r · in), multiplied or added, and one grid of λ serves all. The halves are
+equal then, and W' is W to the bit. What training can reach is not the same. Multiplied, a half is
+up to λ times the largest singular value of W; added, up to λ max_j w_j. So the same λ lets the
+former go further.
 
 The model, the texts and the training are those of robustness.py: 150 steps, all 24 matrices of the
 blocks, r = 8 where there is a rank, λ at half the rate of the directions, three seeds. Learning

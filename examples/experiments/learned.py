@@ -72,7 +72,7 @@ def of(found, key, block, leaf):
 
 
 def spread(values):
-    return f"{statistics.fmean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+    return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def report(found):
@@ -80,17 +80,17 @@ def report(found):
     before = found["before"]["new"]
     lines = [f"Loss on the new text: {before:.3f} before, {statistics.fmean(losses):.3f} after"]
     lines.append("λ at the end, from 15: mean over seeds, lowest to highest")
-    lines.append(f"  {'':9}" + "".join(f"{leaf:>18}" for leaf in LEAVES))
+    lines.append(f"  {'':9}" + "".join(f"{leaf:>21}" for leaf in LEAVES))
     for block in range(LAYERS):
         cells = [spread(of(found, "strength", block, leaf)) for leaf in LEAVES]
-        lines.append(f"  block {block:<3}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append(f"  block {block:<3}" + "".join(f"{cell:>21}" for cell in cells))
     lines.append("")
     lines.append("‖W[:, j]‖: median over the columns, lowest to highest")
     for block in range(LAYERS):
         row = f"  block {block:<3}"
         for leaf in LEAVES:
             low, _, middle, _, high = of(found, "norms", block, leaf)[0]
-            row += f"{f'{middle:.2f} ({low:.2f}-{high:.2f})':>18}"
+            row += f"{f'{middle:.2f} ({low:.2f} to {high:.2f})':>21}"
         lines.append(row)
     lines.append("")
     lines.append("‖ΔW‖ as a share of its bound, mean over seeds")
@@ -100,7 +100,7 @@ def report(found):
             pairs = zip(
                 of(found, "moved", block, leaf), of(found, "bound", block, leaf), strict=True
             )
-            row += f"{statistics.fmean(moved / bound for moved, bound in pairs):>18.2f}"
+            row += f"{statistics.fmean(moved / bound for moved, bound in pairs):>21.2f}"
         lines.append(row)
     return "\n".join(lines)
 

@@ -546,7 +546,7 @@ def main():
         sys.exit("--device cuda: torch finds no GPU here.")
     start = time.monotonic()
     out = args.out or (CACHE if args.quick else RESULTS)
-    # README shows a CPU in float32. Another device or dtype has files of its own beside that.
+    # The plain name is for a CPU in float32. Another device or dtype has files of its own.
     name = f"speed-{args.device}-{args.dtype}"
     if name == "speed-cpu-float32":
         name = "speed"

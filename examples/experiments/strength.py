@@ -109,13 +109,22 @@ def draw(found, figure):
             curves.setdefault((method, lr), []).append((old, new, f"λ {strength:.0f}"))
     for (method, lr), points in curves.items():
         olds, news, names = zip(*points, strict=True)
-        line = "--" if lr == RATES[0] else "-"
+        style = dict(STYLES[method])
+        if lr == RATES[0]:
+            style |= {"linestyle": "--", "markerfacecolor": "white"}
         name = f"{method}, its rate swept" if lr is None else f"{method}, λ swept, lr {lr:.0e}"
-        axes.plot(olds, news, line, label=name, **STYLES[method])
-        for old, new, what in points:
-            axes.annotate(what, (old, new), (5, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="loss on the old text: forgetting", ylabel="loss on the new text")
-    axes.set_title("Nats per byte after 150 steps; best is lower left", fontsize=10)
+        axes.plot(olds, news, label=name, **style)
+        # Below, left of it, for the curves at the lower rate; above, right of it, for all others.
+        place = {"xytext": (5, 5)}
+        if lr == RATES[0]:
+            place = {"xytext": (-5, -10), "ha": "right"}
+        for n in (0, len(points) - 1):  # the ends
+            at = (olds[n], news[n])
+            axes.annotate(names[n], at, textcoords="offset points", fontsize=8, **place)
+    axes.set(
+        xlabel="loss on the old text: forgetting", ylabel="loss on the new text, nats per byte"
+    )
+    axes.set_title("λ = 4, 8, 15, 30 along each curve; lower left is better", fontsize=10)
     figure.legend(loc="outside right", frameon=False, fontsize=8)
 
 

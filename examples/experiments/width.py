@@ -56,7 +56,11 @@ WARM_UP = 9  # steps
 
 
 def by_angle(width, lr):
-    """The share if a_i turns by the angle whose tangent is lr·√(3·in), and b_i does not."""
+    """The share if a_i turns by the angle whose tangent is lr·√(3·in), and b_i not at all.
+
+    b_i, whose length is √(out/(3r)) and whose step is lr·√out long, turns less: its tangent is
+    lr·√(3r).
+    """
     return 2 * math.sin(math.atan(lr * (3 * width) ** 0.5) / 2)
 
 

@@ -1,4 +1,4 @@
-"""speed.py: its floors against counted operations, its path without the peers, README's figures."""
+"""speed.py: its floors against counted operations, without the peers, the figures quoted."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 FOUND = json.loads((common.RESULTS / "speed.json").read_text(encoding="utf-8"))
 
 
@@ -66,7 +66,7 @@ class Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_takes_as_many_operations_as_the_readme_says():
+def test_a_step_takes_as_many_operations_as_is_said():
     forward, both = {}, {}
     for method in (common.OURS, common.LORA):
         layer, x = speed.one_layer(method, 16, 16, 2), torch.randn(4, 16)
@@ -77,7 +77,7 @@ def test_a_step_takes_as_many_operations_as_the_readme_says():
             speed.forward_backward(layer, x, torch.randn(4, 16))()
         both[method] = len(names.seen)
     assert forward[common.OURS] <= 25 and both[common.OURS] <= 70
-    said = re.search(r"(\d+) operations, forward and backward, where LoRA has (\d+)", README)
+    said = re.search(r"(\d+) operations, forward and backward, where LoRA has (\d+)", EXAMPLES)
     for method, number in zip((common.OURS, common.LORA), said.groups(), strict=True):
         assert abs(both[method] - int(number)) <= int(number) / 5  # versions of torch differ
 
@@ -120,15 +120,22 @@ def test_without_the_peers_the_columns_are_empty_and_it_says_so(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["speed-cpu-bfloat16.json"]
 
 
-def test_the_figures_of_the_readme_are_those_of_the_last_run():
-    pattern = r"python examples/experiments/speed.py` \(float32.*?```text\n(.*?)```"
-    block = re.search(pattern, README, re.DOTALL)[1]
-    lines = [*speed.report(FOUND).splitlines(), common.measured(FOUND)]
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("speed", r"python examples/experiments/speed\.py`"),
+        ("speed-cuda-bfloat16", r"speed\.py --device cuda --dtype bfloat16 --seconds 5`"),
+    ],
+)
+def test_the_figures_that_are_quoted_are_those_of_the_last_run(name, command):
+    found = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    block = re.search(command + r".*?```text\n(.*?)```", EXAMPLES, re.DOTALL)[1]
+    lines = [*speed.report(found).splitlines(), common.measured(found)]
     shown = [line for line in block.splitlines() if line.strip()]
     assert len(shown) > 10 and not [line for line in shown if line not in lines]
-    assert not FOUND["quick"]
+    assert not found["quick"]
 
 
-def test_what_is_kept_for_backward_is_what_the_readme_says():
+def test_what_is_kept_for_backward_is_what_was_measured():
     kept = speed.kept(common.OURS, *FOUND["kept"]["shape"])
     assert f"{kept:.2f}" == f"{FOUND['kept'][common.OURS]:.2f}"

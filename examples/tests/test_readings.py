@@ -1,0 +1,392 @@
+"""What examples/README.md and README say of the experiments: each number is that of the runs.
+
+A reading is a sentence with gaps, and a function for what stands in them. After all readings of a
+section are found in it, no number with a decimal point or a per cent sign may be left over.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import ablation
+import common
+import forgetting
+import pytest
+import robustness
+import start
+import strength
+from common import FULL, LORA, OURS, PEFT_DELORA, PEFT_DORA, over_seeds
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOUND = {}
+for path in sorted(common.RESULTS.glob("*.json")):
+    FOUND[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+
+
+def section(name):
+    """The part of examples/README.md that has that figure."""
+    sections = re.split(r"^(?=#{1,3} )", EXAMPLES, flags=re.MULTILINE)
+    return next(part for part in sections if f"results/{name}.svg" in part)
+
+
+def sentences(text):
+    """Text without code, tables, pictures and line breaks."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"^(\||!\[|#).*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"`[^`]*`", "", text)
+    return " ".join(text.split())
+
+
+def mean(name, key, **which):
+    return statistics.fmean(over_seeds(FOUND[name]["runs"], key, **which))
+
+
+def best(name, **which):
+    """The lowest mean loss on the new text over all settings that match which."""
+    runs = [run for run in FOUND[name]["runs"] if all(run[k] == v for k, v in which.items())]
+    means = []
+    for run in runs:
+        setting = {key: run[key] for key in ("lr", "strength") if key in run}
+        means.append(mean(name, "new", **(which | setting)))
+    return min(means)
+
+
+def at(method, lr, key="new"):
+    """The mean over seeds in robustness.py, at that power of ten."""
+    return mean("robustness", key, method=method, lr=10**lr)
+
+
+def decades(name, method):
+    """The mean width of the range of good rates, near the method's own best."""
+    runs = [run for run in FOUND[name]["runs"] if run["method"] == method]
+    tried = sorted({run["lr"] for run in runs})
+    widths = []
+    for losses in robustness.by_seed(runs, method, tried):
+        widths.append(robustness.width(tried, losses, min(losses) + common.NEAR)[0])
+    return statistics.fmean(widths)
+
+
+def decades_for_the_same_loss(method):
+    """Likewise, near the best loss that any adapter reaches."""
+    runs = FOUND["robustness"]["runs"]
+    tried = sorted({run["lr"] for run in runs})
+    bests = []
+    for adapter in (LORA, PEFT_DORA, PEFT_DELORA, OURS):
+        by_seed = robustness.by_seed(runs, adapter, tried)
+        bests.append(statistics.fmean(min(losses) for losses in by_seed))
+    widths = []
+    for losses in robustness.by_seed(runs, method, tried):
+        widths.append(robustness.width(tried, losses, min(bests) + common.NEAR)[0])
+    return statistics.fmean(widths)
+
+
+ROBUSTNESS = (
+    (
+        "At 1e-1 LoRA's loss is {:.2f} at a distance of {:.0f}, where ‖W‖ is {:.0f}",
+        lambda: (at(LORA, -1), at(LORA, -1, "moved"), FOUND["robustness"]["norm"]),
+    ),
+    (
+        "DoRA's is {:.2f} at a distance of {:.0f}",
+        lambda: (at(PEFT_DORA, -1), at(PEFT_DORA, -1, "moved")),
+    ),
+    (
+        "DeLoRA's is {:.2f} at a distance of {:.0f}",
+        lambda: (at(OURS, -1), at(OURS, -1, "moved")),
+    ),
+    (
+        "LoRA reaches {:.3f}, DoRA {:.3f}, DeLoRA {:.3f}, full fine-tuning {:.3f} and PEFT's "
+        "DeLoRA {:.3f}",
+        lambda: [
+            best("robustness", method=method)
+            for method in (LORA, PEFT_DORA, OURS, FULL, PEFT_DELORA)
+        ],
+    ),
+    (
+        "{:.2f} decades for LoRA, {:.2f} for DoRA and {:.2f} for DeLoRA",
+        lambda: [decades("robustness", method) for method in (LORA, PEFT_DORA, OURS)],
+    ),
+    (
+        "{:.2f}, {:.2f} and {:.2f}",
+        lambda: [decades_for_the_same_loss(method) for method in (LORA, PEFT_DORA, OURS)],
+    ),
+    (
+        "{:.3f} against {:.3f} at 3.2e-3, {:.3f} against {:.3f} at 1e-3 and {:.3f} against {:.3f} "
+        "at 3.2e-4",
+        lambda: [at(m, lr) for lr in (-2.5, -3, -3.5) for m in (OURS, LORA)],
+    ),
+    (
+        "from 1e-2 to 1 grows a hundredfold, a_i becomes {:.0f} times as long, and turns by "
+        "{:.0f}° instead of {:.0f}°",
+        lambda: (
+            at(OURS, 0, "length_a") / at(OURS, -2, "length_a"),
+            at(OURS, 0, "turned_a"),
+            at(OURS, -2, "turned_a"),
+        ),
+    ),
+)
+ABLATION = (
+    (
+        "from {:.2f} to {:.2f} decades",
+        lambda: [decades("ablation", row) for row in (LORA, "+ normalised, λ")],
+    ),
+    (
+        "by column to {:.2f} and by Frobenius norm to {:.2f}",
+        lambda: [decades("ablation", row) for row in ("+ w, by column", "+ w, Frobenius")],
+    ),
+    (
+        "the best losses of all three are within {:.3f} of each other",
+        lambda: [
+            max(best("ablation", method=row) for row in THREE)
+            - min(best("ablation", method=row) for row in THREE)
+        ],
+    ),
+    (
+        "best losses are {:.3f}, {:.3f} and {:.3f}",
+        lambda: [
+            best("ablation", method=row)
+            for row in ("+ w, by column", "by column, λ untied", ablation.FIXED)
+        ],
+    ),
+    (
+        "Without the frozen copy it is {:.3f}",
+        lambda: [best("ablation", method=ablation.ZERO_B)],
+    ),
+    (
+        "LoRA's best is the lowest, {:.3f}",
+        lambda: [best("ablation", method=LORA)],
+    ),
+)
+THREE = ("+ normalised, λ", "+ w, by column", "+ w, Frobenius")
+
+
+def moved_at_start(which, lr, step):
+    runs = over_seeds(FOUND["start"]["runs"], "moved", start=which, lr=lr)
+    return statistics.fmean(run[step] for run in runs)
+
+
+def loss_at_start(which, lr, step):
+    runs = over_seeds(FOUND["start"]["runs"], "loss", start=which, lr=lr)
+    return statistics.fmean(run[step] for run in runs)
+
+
+START = (
+    (
+        "At a rate of 1e-5 the first step from B = 0 goes as far ({:.1f}) as at 1e-2 ({:.1f})",
+        lambda: [moved_at_start(start.CLAMPED, lr, 1) for lr in (1e-5, 1e-2)],
+    ),
+    (
+        "With the frozen copy it goes {:.4f} far at 1e-5 and {:.1f} at 1e-2",
+        lambda: [moved_at_start(start.FROZEN_COPY, lr, 1) for lr in (1e-5, 1e-2)],
+    ),
+    (
+        "the loss is {:.2f} after that step, from {:.2f}",
+        lambda: [loss_at_start(start.CLAMPED, 1e-5, n) for n in (1, 0)],
+    ),
+)
+
+
+def prolonged(key, method, step=None):
+    """The mean over seeds in forgetting.py after so many steps, or at the method's best stop."""
+    found = FOUND["forgetting"]
+    steps = found["runs"][0]["step"]
+    n = forgetting.best_stop(found, method) if step is None else steps.index(step)
+    return statistics.fmean(forgetting.at(found, method, key)[n])
+
+
+def growth(method):
+    """Of the distance from step 175 to the end, in per cent."""
+    return 100 * (prolonged("moved", method, 1250) / prolonged("moved", method, 175) - 1)
+
+
+FORGETTING = (
+    (
+        "by {:.0f} % with λ at 1e-3, the paper's rate for this figure, and by {:.0f} % with λ at "
+        "half the rate of A and B; LoRA's by {:.0f} %, DoRA's by {:.0f} %",
+        lambda: [growth(m) for m in (forgetting.SLOW, OURS, LORA, PEFT_DORA)],
+    ),
+    (
+        "λ itself is {:.1f} at the end in the one and {:.1f} in the other",
+        lambda: [prolonged("strength", m, 1250) for m in (forgetting.SLOW, OURS)],
+    ),
+    (
+        "between {:.2f} and {:.2f} on the new text, from {:.2f}",
+        lambda: [
+            min(prolonged("new", m) for m in forgetting.METHODS),
+            max(prolonged("new", m) for m in forgetting.METHODS),
+            prolonged("new", OURS, 0),
+        ],
+    ),
+    (
+        "full fine-tuning has forgotten least, {:.2f} on the old text from {:.2f}, after five "
+        "steps; LoRA is at {:.2f}, DoRA at {:.2f}, PEFT's DeLoRA at {:.2f} and DeLoRA at {:.2f}",
+        lambda: [
+            prolonged("old", FULL),
+            prolonged("old", FULL, 0),
+            *(prolonged("old", m) for m in (LORA, PEFT_DORA, PEFT_DELORA, OURS)),
+        ],
+    ),
+    (
+        "At the end PEFT's DeLoRA has forgotten least, {:.2f}, then DeLoRA with λ at 1e-3, "
+        "{:.2f}, and DeLoRA, {:.2f}; then DoRA, {:.2f}, LoRA, {:.2f}, and full fine-tuning, {:.2f}",
+        lambda: [
+            prolonged("old", m, 1250)
+            for m in (PEFT_DELORA, forgetting.SLOW, OURS, PEFT_DORA, LORA, FULL)
+        ],
+    ),
+)
+
+
+def trade(key, method, lam, lr=None):
+    """The mean over seeds in strength.py; at the better of the two rates if none is given."""
+    if lr is None:
+        return min(trade(key, method, lam, lr) for lr in strength.RATES)
+    return mean("strength", key, method=method, strength=lam, lr=lr)
+
+
+STRENGTH = (
+    (
+        "from 4 to 30 at a rate of 1e-2 takes the new text from {:.3f} to {:.3f} and the old from "
+        "{:.3f} to {:.3f}",
+        lambda: [
+            trade(key, start.FROZEN_COPY, lam, 1e-2) for key in ("new", "old") for lam in (4, 30)
+        ],
+    ),
+    (
+        "At 3.2e-2 the best λ is 15, with {:.3f}; 30 has {:.3f}",
+        lambda: [trade("new", start.FROZEN_COPY, lam, strength.RATES[1]) for lam in (15, 30)],
+    ),
+    (
+        "LoRA's best of three rates is {:.3f}, DeLoRA's best of all {:.3f}: LoRA leads by {:.3f}, "
+        "and by {:.3f} if λ stays 15",
+        lambda: [
+            best("strength", method=LORA),
+            best("strength", method=start.FROZEN_COPY),
+            best("strength", method=start.FROZEN_COPY) - best("strength", method=LORA),
+            best("strength", method=start.FROZEN_COPY, strength=15) - best("strength", method=LORA),
+        ],
+    ),
+    (
+        "{:.3f} against {:.3f} at λ = 4, {:.3f} against {:.3f} at 8, {:.3f} against {:.3f} at 15 "
+        "and {:.3f} against {:.3f} at 30",
+        lambda: [
+            trade("new", which, lam)
+            for lam in strength.STRENGTHS
+            for which in (start.CLAMPED, start.FROZEN_COPY)
+        ],
+    ),
+)
+
+
+def turned(key, lr, decay, step):
+    """The mean over seeds in turning.py after that step, or of it."""
+    runs = over_seeds(FOUND["turning"]["runs"], key, lr=lr, decay=decay)
+    n = step if key == "length" else step - 1
+    return statistics.fmean(run[n] for run in runs)
+
+
+TURNING = (
+    (
+        "At a rate of 1e-1 they are {:.1f} times as long after 150 steps, at 1e-2 {:.1f} times",
+        lambda: [turned("length", lr, 0, 150) / turned("length", lr, 0, 0) for lr in (1e-1, 1e-2)],
+    ),
+    (
+        "the last step turns them by {:.2f}° and {:.2f}°",
+        lambda: [turned("angle", lr, 0, 150) for lr in (1e-1, 1e-2)],
+    ),
+    (
+        "the first turned them by {:.1f}° and {:.1f}°",
+        lambda: [turned("angle", lr, 0, 1) for lr in (1e-1, 1e-2)],
+    ),
+    (
+        "At 1e-3 they hardly grow, from {:.2f} to {:.2f}, and the angle still halves from the end "
+        "of the warm-up on, {:.2f}° to {:.2f}°",
+        lambda: [
+            *(turned("length", 1e-3, 0, n) for n in (0, 150)),
+            *(turned("angle", 1e-3, 0, n) for n in (9, 150)),
+        ],
+    ),
+    (
+        "A weight decay of 1 keeps them at {:.1f} instead of {:.1f} at 1e-1, and the last step "
+        "turns them by {:.1f}° instead of {:.2f}°",
+        lambda: [turned(key, 1e-1, d, 150) for key in ("length", "angle") for d in (1, 0)],
+    ),
+    (
+        "the loss rises from {:.3f} to {:.3f}, and at 1e-2 from {:.3f} to {:.3f}",
+        lambda: [
+            mean("turning", "new", lr=lr, decay=decay) for lr in (1e-1, 1e-2) for decay in (0, 1)
+        ],
+    ),
+)
+READINGS = {
+    "turning": TURNING,
+    "strength": STRENGTH,
+    "forgetting": FORGETTING,
+    "robustness": ROBUSTNESS,
+    "start": START,
+    "ablation": ABLATION,
+}
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_the_numbers_of_a_reading_are_those_of_the_runs(name):
+    text = sentences(section(name))
+    for sentence, numbers in READINGS[name]:
+        said = sentence.format(*numbers())
+        assert said in text
+        text = text.replace(said, "")
+    assert not re.findall(r"\d\.\d+(?!e)(?!\.)|\d+ %|\d+°", text.replace("0.05", "")), text
+
+
+COLUMNS = (LORA, PEFT_DORA, FULL, PEFT_DELORA, OURS)
+
+
+def best_rate(method):
+    runs = FOUND["robustness"]["runs"]
+    tried = sorted({run["lr"] for run in runs})
+    return min(tried, key=lambda lr: mean("robustness", "new", method=method, lr=lr))
+
+
+def ten_times(method, key):
+    """That number at ten times the method's best rate."""
+    runs = FOUND["robustness"]["runs"]
+    tried = sorted({run["lr"] for run in runs})
+    lr = tried[tried.index(best_rate(method)) + 2]  # two half decades
+    return mean("robustness", key, method=method, lr=lr)
+
+
+ROWS = {
+    "lowest loss on the new text, from {:.2f}": (
+        lambda: [FOUND["robustness"]["before"]["new"]],
+        lambda method: f"{best('robustness', method=method):.3f}",
+    ),
+    "at the learning rate": (
+        list,
+        lambda method: f"{best_rate(method):.1e}".replace(".0e-0", "e-").replace("e-0", "e-"),
+    ),
+    "decades of rates within 0.05 of it": (
+        list,
+        lambda method: f"{decades('robustness', method):.2f}",
+    ),
+    "loss at ten times that rate": (
+        list,
+        lambda method: f"{ten_times(method, 'new'):.2f}",
+    ),
+    "‖W' - W‖ there, where ‖W‖ is {:.0f}": (
+        lambda: [FOUND["robustness"]["norm"]],
+        lambda method: f"{ten_times(method, 'moved'):.0f}",
+    ),
+    "loss on the old text after training far too long, from {:.2f}": (
+        lambda: [prolonged("old", OURS, 0)],
+        lambda method: f"{prolonged('old', method, 1250):.2f}",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_table_of_results_is_that_of_the_runs(row):
+    numbers, cell = ROWS[row]
+    cells = [row.format(*numbers()), *(cell(method) for method in COLUMNS)]
+    assert f"| {' | '.join(cells)} |" in README
