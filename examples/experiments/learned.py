@@ -120,7 +120,8 @@ def draw(found, figure):
             right.plot([x, x], [first, third], color=COLOURS[leaf], linewidth=4)
             right.plot([x], [middle], "o", color="white", markersize=2)
     left.axhline(15, color="#777777", linewidth=0.8, linestyle=":")
-    left.annotate("at the start", (-0.4, 15), (0, 3), textcoords="offset points", fontsize=8)
+    place = {"textcoords": "offset points", "ha": "right", "fontsize": 8}
+    left.annotate("at the start", (5.4, 15), (0, -10), **place)
     left.set_ylabel("λ")
     left.set_title("λ after 1500 steps: mean, lowest to highest seed", fontsize=10)
     right.set_ylabel("‖W[:, j]‖")

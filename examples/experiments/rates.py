@@ -4,7 +4,7 @@
 # ///
 """The rate of λ alone, the rate of A and B alone, and both (Fig. 6).
 
-    python examples/experiments/rates.py            all runs: about eight minutes on two cores
+    python examples/experiments/rates.py            all runs: about 10 minutes on two cores
     python examples/experiments/rates.py --redraw   table and figure of the last run
     python examples/experiments/rates.py --quick    in seconds, too short for figures to quote
 
@@ -116,7 +116,7 @@ def draw(found, figure):
         place = (0.99, height)
         axes.annotate(what, place, xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set(xscale="log", xlabel="the learning rate that is swept")
-    axes.set(ylabel="loss on the new text, nats per byte", ylim=(None, before + 0.1))
+    axes.set(ylabel="loss on the new text, nats per byte", ylim=(None, before + 0.3))
     axes.legend(frameon=False, fontsize=9)
 
 

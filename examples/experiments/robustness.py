@@ -4,7 +4,7 @@
 # ///
 """The learning rate, from far too low to far too high, for five methods (Fig. 2).
 
-    python examples/experiments/robustness.py            all runs: about 20 minutes on two cores
+    python examples/experiments/robustness.py            all runs: about 23 minutes on two cores
     python examples/experiments/robustness.py --redraw   tables and figure of the last run
     python examples/experiments/robustness.py --quick    in seconds, too short for figures to quote
 

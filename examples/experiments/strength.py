@@ -4,7 +4,7 @@
 # ///
 """λ is a choice, as the learning rate is: what a larger one learns, and what it forgets.
 
-    python examples/experiments/strength.py            all runs: about eight minutes on two cores
+    python examples/experiments/strength.py            all runs: about 14 minutes on two cores
     python examples/experiments/strength.py --redraw   table and figure of the last run
     python examples/experiments/strength.py --quick    in seconds, too short for figures to quote
 

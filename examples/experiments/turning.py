@@ -4,7 +4,7 @@
 # ///
 """Steps make a_i longer, and a longer vector turns less: the other half of the robustness.
 
-    python examples/experiments/turning.py            all runs: about four minutes on two cores
+    python examples/experiments/turning.py            all runs: about 5 minutes on two cores
     python examples/experiments/turning.py --redraw   table and figure of the last run
     python examples/experiments/turning.py --quick    in seconds, too short for figures to quote
 

@@ -4,7 +4,7 @@
 # ///
 """How far the first step of AdamW goes, by the width of the model, and what a warm-up changes.
 
-    python examples/experiments/width.py            all runs: about four minutes on two cores
+    python examples/experiments/width.py            all runs: about 3 minutes on two cores
     python examples/experiments/width.py --redraw   tables and figure of the last run
     python examples/experiments/width.py --quick    in seconds, too short for figures to quote
 

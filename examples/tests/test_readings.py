@@ -13,9 +13,12 @@ import ablation
 import common
 import forgetting
 import pytest
+import rates
 import robustness
+import speed
 import start
 import strength
+import width
 from common import FULL, LORA, OURS, PEFT_DELORA, PEFT_DORA, over_seeds
 
 ROOT = Path(__file__).parent.parent.parent
@@ -320,7 +323,154 @@ TURNING = (
         ],
     ),
 )
+
+
+def swept(sweep, rate):
+    return mean("rates", "new", sweep=sweep, rate=rate)
+
+
+def range_of_strengths(rate):
+    runs = over_seeds(FOUND["rates"]["runs"], "strengths", sweep=rates.STRENGTH_ALONE, rate=rate)
+    every = [lam for layers in runs for lam in layers]
+    return min(every), max(every)
+
+
+RATES = (
+    (
+        "the loss stays between {:.3f} and {:.3f}",
+        lambda: [
+            end(swept(rates.STRENGTH_ALONE, rate) for rate in (0, *rates.RATES))
+            for end in (min, max)
+        ],
+    ),
+    (
+        "up to 3.2e-2 λ stays between {:.1f} and {:.1f}",
+        lambda: range_of_strengths(rates.RATES[2]),
+    ),
+    (
+        "at a rate of 1 it ends between {:.0f} and {:.0f}, at 10 between {:.0f} and {:.0f}",
+        lambda: (*range_of_strengths(1), *range_of_strengths(10)),
+    ),
+    (
+        "The rate of A and B is the one to choose: {:.3f} at 1e-3, {:.3f} at 3.2e-2, {:.3f} at 10",
+        lambda: [swept(rates.ANGLES_ALONE, rate) for rate in (1e-3, rates.RATES[2], 10)],
+    ),
+    (
+        "with λ along, {:.3f} at 10",
+        lambda: [swept(rates.BOTH, 10)],
+    ),
+)
+
+
+def early(key, lr, warm_up=1, step=1, wide=common.WIDTH):
+    """The mean over seeds in width.py after so many steps."""
+    runs = over_seeds(FOUND["width"]["runs"], key, width=wide, lr=lr, warm_up=warm_up)
+    return statistics.fmean(run[step - 1] for run in runs)
+
+
+WIDTHS = (
+    (
+        "goes {:.2f} of full strength at width 128, {:.2f} at 768 and {:.2f} at 4096",
+        lambda: [early("share", 1e-2, wide=wide) for wide in width.WIDTHS],
+    ),
+    (
+        "At 3.2e-2 the first step of the small model without a warm-up takes the loss from {:.2f} "
+        "to {:.2f}; with one, to {:.2f}",
+        lambda: [
+            loss_at_start(start.FROZEN_COPY, 1e-2, 0),
+            *(early("loss", width.RATES[2], warm_up) for warm_up in (1, width.WARM_UP)),
+        ],
+    ),
+    (
+        "After 50 steps it is {:.3f} without and {:.3f} with a warm-up, at 1e-2 {:.3f} and {:.3f}",
+        lambda: [
+            early("loss", lr, warm_up, 50)
+            for lr in (width.RATES[2], 1e-2)
+            for warm_up in (1, width.WARM_UP)
+        ],
+    ),
+)
+
+
+def on_gpu(key, compiled, methods):
+    """Of the stack in speed-cuda-bfloat16.json: the median ratio, or MiB at the peak."""
+    found = {}
+    for row in FOUND["speed-cuda-bfloat16"]["stack"]["rows"]:
+        if row["compiled"] == compiled:
+            found[row["name"]] = row["ratio"][0] if key == "ratio" else row[key]
+    return [found[method] for method in methods]
+
+
+FOUR = (OURS, LORA, common.PEFT_LORA, PEFT_DELORA)
+COMPILED = (
+    "takes {:.2f} times as long as the frozen one, with LoRA {:.2f}, with PEFT's LoRA {:.2f} and "
+    "with PEFT's DeLoRA {:.2f}",
+    lambda: on_gpu("ratio", True, FOUR),
+)
+EAGER = (
+    "Eager it takes {:.2f}, where LoRA takes {:.2f} and PEFT's two {:.2f} and {:.2f}",
+    lambda: on_gpu("ratio", False, FOUR),
+)
+PEAK = (
+    "it keeps {:.0f} MiB beyond the parameters, LoRA {:.0f}, PEFT's LoRA {:.0f} and PEFT's DeLoRA "
+    "{:.0f}",
+    lambda: on_gpu("peak", False, FOUR),
+)
+
+
+def by_layer(key):
+    """A list of three seeds for each of the 24 layers."""
+    runs = FOUND["learned"]["runs"]
+    return {layer: [run[key][layer] for run in runs] for layer in runs[0][key]}
+
+
+def extreme(end):
+    """The lowest or highest mean λ, and its layer in words."""
+    means = {layer: statistics.fmean(seeds) for layer, seeds in by_layer("strength").items()}
+    layer = end(means, key=means.get)
+    _, block, leaf = layer.split(".")
+    return means[layer], f"{leaf} of block {block}"
+
+
+def lengths(leaf, block):
+    return FOUND["learned"]["runs"][0]["norms"][f"blocks.{block}.{leaf}"][2]
+
+
+def shares_of_bound():
+    moved, bound = by_layer("moved"), by_layer("bound")
+    return [
+        statistics.fmean(100 * a / b for a, b in zip(moved[layer], bound[layer], strict=True))
+        for layer in moved
+    ]
+
+
+LEARNED = (
+    (
+        "from {:.1f} ({}) to {:.1f} ({})",
+        lambda: (*extreme(min), *extreme(max)),
+    ),
+    (
+        "the three seeds of a layer are at most {:.1f} apart",
+        lambda: [max(max(seeds) - min(seeds) for seeds in by_layer("strength").values())],
+    ),
+    (
+        "The median column of W is {:.2f} long in down of block 3 and {:.2f} in up of block 0",
+        lambda: [lengths("down", 3), lengths("up", 0)],
+    ),
+    (
+        "‖ΔW‖ uses {:.0f} % to {:.0f} % of its bound",
+        lambda: [end(shares_of_bound()) for end in (min, max)],
+    ),
+    (
+        "The loss on the new text is {:.3f} after these 1500 steps",
+        lambda: [statistics.fmean(run["new"] for run in FOUND["learned"]["runs"])],
+    ),
+)
 READINGS = {
+    "learned": LEARNED,
+    "speed": (COMPILED, EAGER, PEAK),
+    "width": WIDTHS,
+    "rates": RATES,
     "turning": TURNING,
     "strength": STRENGTH,
     "forgetting": FORGETTING,
@@ -338,6 +488,34 @@ def test_the_numbers_of_a_reading_are_those_of_the_runs(name):
         assert said in text
         text = text.replace(said, "")
     assert not re.findall(r"\d\.\d+(?!e)(?!\.)|\d+ %|\d+°", text.replace("0.05", "")), text
+
+
+IN_README = (
+    (
+        "the first step of AdamW goes {:.2f} of full strength in a model 128 wide and {:.2f} in "
+        "one 4096 wide",
+        lambda: [early("share", 1e-2, wide=wide) for wide in (common.WIDTH, 4096)],
+    ),
+    (
+        "LoRA leads by {:.3f}, or by {:.3f} if λ is tuned as LoRA's rate is",
+        lambda: [
+            best("strength", method=start.FROZEN_COPY, strength=15) - best("strength", method=LORA),
+            best("strength", method=start.FROZEN_COPY) - best("strength", method=LORA),
+        ],
+    ),
+    (
+        "an adapted layer costs {} times what plain LoRA costs",
+        lambda: [speed.median(FOUND["speed"]["steps"], "ours", LORA)],
+    ),
+    COMPILED,
+    EAGER,
+)
+
+
+@pytest.mark.parametrize("sentence", range(len(IN_README)))
+def test_the_numbers_of_readme_are_those_of_the_runs(sentence):
+    words, numbers = IN_README[sentence]
+    assert words.format(*numbers()) in sentences(README)
 
 
 COLUMNS = (LORA, PEFT_DORA, FULL, PEFT_DELORA, OURS)
