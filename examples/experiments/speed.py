@@ -76,7 +76,7 @@ STEPS = (  # what, tokens, in, out, r
 )
 MANY = 256  # tokens; below that every small operation shows, and the row is in no median
 METHODS = (FROZEN, LORA, PEFT_LORA, PEFT_DELORA, OURS)
-COLOURS = {LORA: "#999999", PEFT_LORA: "#6699cc", PEFT_DELORA: "#cc7722", OURS: "#228844"}
+COLOURS = common.COLOURS | {PEFT_LORA: "#e69a8d"}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -115,9 +115,9 @@ def draw(found, figure):
         name = f"{method}, its rate swept" if lr is None else f"{method}, λ swept, lr {lr:.0e}"
         axes.plot(olds, news, label=name, **style)
         # Below, left of it, for the curves at the lower rate; above, right of it, for all others.
-        place = {"xytext": (5, 5)}
+        place = {"xytext": (5, 5), "color": style["color"]}
         if lr == RATES[0]:
-            place = {"xytext": (-5, -10), "ha": "right"}
+            place |= {"xytext": (-5, -10), "ha": "right"}
         for n in (0, len(points) - 1):  # the ends
             at = (olds[n], news[n])
             axes.annotate(names[n], at, textcoords="offset points", fontsize=8, **place)
