@@ -488,6 +488,12 @@ def over_seeds(runs, key, **which):
     return chosen
 
 
+def per_step(found, key, **which):
+    """What a run keeps as one number a step: at every step a list of one for each seed."""
+    runs = over_seeds(found["runs"], key, **which)
+    return [list(values) for values in zip(*runs, strict=True)]
+
+
 def picture(draw, path, size):
     """A figure on white, legible in a dark page too. The same numbers give the same file."""
     import matplotlib

@@ -39,7 +39,7 @@ from common import (
     curve,
     english,
     experiment,
-    over_seeds,
+    per_step,
     prepare,
     python,
     train,
@@ -116,15 +116,9 @@ def plan(quick):
     return jobs
 
 
-def at(found, method, key):
-    """That number at every checkpoint, one for each seed."""
-    runs = over_seeds(found["runs"], key, method=method)
-    return [list(values) for values in zip(*runs, strict=True)]
-
-
 def best_stop(found, method):
     """Which checkpoint has the lowest mean loss on unseen new text."""
-    means = [statistics.fmean(values) for values in at(found, method, "new")]
+    means = [statistics.fmean(values) for values in per_step(found, "new", method=method)]
     return means.index(min(means))
 
 
@@ -134,18 +128,18 @@ def report(found):
     rates = {run["method"]: run["lr"] for run in found["runs"]}
     before = []
     for key, what in (("new", "new text"), ("old", "old text")):
-        before.append(f"{what} {at(found, methods[0], key)[0][0]:.2f}")
+        before.append(f"{what} {per_step(found, key, method=methods[0])[0][0]:.2f}")
     lines = [f"‖W‖ = {found['norm']:.0f}. Before: {', '.join(before)}. Means over seeds:"]
     head = f"  {'':17}{'lr':>8}{'step':>7}{'‖ΔW‖':>11}{'λ':>7}{'new text':>10}{'old text':>10}"
     lines.append(f"{head}   by seed, when")
     for method in methods:
         places = (("best stop", best_stop(found, method)), ("the end", len(steps) - 1))
         for place, n in places:
-            moved = statistics.fmean(at(found, method, "moved")[n])
-            new = statistics.fmean(at(found, method, "new")[n])
-            old = at(found, method, "old")[n]
+            moved = statistics.fmean(per_step(found, "moved", method=method)[n])
+            new = statistics.fmean(per_step(found, "new", method=method)[n])
+            old = per_step(found, "old", method=method)[n]
             row = f"  {method:17}{rates[method]:>8.1e}{steps[n]:>7}{moved:>11.1f}"
-            strengths = at(found, method, "strength")[n]
+            strengths = per_step(found, "strength", method=method)[n]
             if None in strengths:
                 row += f"{'-':>7}"
             else:
@@ -160,7 +154,10 @@ def report(found):
     )
     lines.append(f"  {'':17}" + "".join(f"{step:>9}" for step in moments) + f"{'growth':>10}")
     for method in methods:
-        moved = [statistics.fmean(at(found, method, "moved")[steps.index(n)]) for n in moments]
+        moved = [
+            statistics.fmean(per_step(found, "moved", method=method)[steps.index(n)])
+            for n in moments
+        ]
         row = f"  {method:17}" + "".join(f"{distance:>9.1f}" for distance in moved)
         lines.append(row + f"{moved[-1] / moved[0] - 1:>+10.0%}")
     return "\n".join(lines)
@@ -177,13 +174,13 @@ def draw(found, figure):
     )
     for axes, (key, label, title) in zip(panels, titles, strict=True):
         for method in methods:
-            values = at(found, method, key)[1:]
+            values = per_step(found, key, method=method)[1:]
             curve(axes, steps, values, method, **STYLES[method])
         axes.set(xscale="log", xlabel="step", ylabel=label)
         axes.set_title(title, fontsize=10)
     # full fine-tuning goes far above that, out of the panel in which adapters can be told apart
-    before = at(found, OURS, "new")[0][0]
-    lowest = min(min(min(losses) for losses in at(found, m, "new")) for m in methods)
+    before = per_step(found, "new", method=OURS)[0][0]
+    lowest = min(min(min(losses) for losses in per_step(found, "new", method=m)) for m in methods)
     panels[1].set_ylim(lowest - 0.02, before + 0.4)
     lines = panels[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=6, frameon=False, fontsize=8)

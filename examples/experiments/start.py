@@ -35,7 +35,7 @@ from common import (
     base,
     curve,
     experiment,
-    over_seeds,
+    per_step,
     python,
     train,
     validate,
@@ -125,12 +125,6 @@ def plan(quick):
     return jobs
 
 
-def per_step(found, key, start, lr):
-    """That number at every step, one for each seed."""
-    runs = over_seeds(found["runs"], key, start=start, lr=lr)
-    return [list(values) for values in zip(*runs, strict=True)]
-
-
 def report(found):
     rates = list(dict.fromkeys(run["lr"] for run in found["runs"]))
     last = len(found["runs"][0]["loss"]) - 1
@@ -143,7 +137,7 @@ def report(found):
         lines.append(f"  {'start':15}{'lr':>8}" + "".join(f"{n:>22}" for n in (0, 1, last)))
         for start in (FROZEN_COPY, CLAMPED):
             for lr in rates:
-                values = per_step(found, key, start, lr)
+                values = per_step(found, key, start=start, lr=lr)
                 row = f"  {start:15}{lr:>8.0e}"
                 for n in (0, 1, last):
                     cell = f"{min(values[n]):{form}} to {max(values[n]):{form}}"
@@ -158,8 +152,8 @@ def draw(found, figure):
     for start, colour in ((CLAMPED, COLOURS[PEFT_DELORA]), (FROZEN_COPY, COLOURS[OURS])):
         for lr, line in zip(rates, (":", "-.", "--", "-"), strict=False):
             style = {"color": colour, "linestyle": line}
-            moved = per_step(found, "moved", start, lr)
-            loss = per_step(found, "loss", start, lr)
+            moved = per_step(found, "moved", start=start, lr=lr)
+            loss = per_step(found, "loss", start=start, lr=lr)
             name = f"{start}, lr {lr:.0e}"
             curve(left, list(range(1, len(moved))), moved[1:], name, **style)
             curve(right, list(range(len(loss))), loss, name, **style)

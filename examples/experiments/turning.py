@@ -34,6 +34,7 @@ from common import (
     deloras,
     experiment,
     over_seeds,
+    per_step,
     python,
     train,
     validate,
@@ -87,12 +88,6 @@ def plan(quick):
             for seed in SEEDS[:1] if quick else SEEDS:
                 jobs.append({"lr": lr, "decay": decay, "seed": seed})
     return jobs
-
-
-def per_step(found, key, **which):
-    """That number at every step, one for each seed."""
-    runs = over_seeds(found["runs"], key, **which)
-    return [list(values) for values in zip(*runs, strict=True)]
 
 
 def report(found):

@@ -40,7 +40,7 @@ from common import (
     curve,
     deloras,
     experiment,
-    over_seeds,
+    per_step,
     python,
     train,
     validate,
@@ -120,12 +120,6 @@ def plan(quick):
                 for seed in seeds:
                     jobs.append({"width": width, "warm_up": warm_up, "lr": lr, "seed": seed})
     return jobs
-
-
-def per_step(found, key, **which):
-    """That number at every step, one for each seed."""
-    runs = over_seeds(found["runs"], key, **which)
-    return [list(values) for values in zip(*runs, strict=True)]
 
 
 def report(found):

@@ -212,7 +212,7 @@ def prolonged(key, method, step=None):
     found = FOUND["forgetting"]
     steps = found["runs"][0]["step"]
     n = forgetting.best_stop(found, method) if step is None else steps.index(step)
-    return statistics.fmean(forgetting.at(found, method, key)[n])
+    return statistics.fmean(common.per_step(found, key, method=method)[n])
 
 
 def growth(method):
