@@ -194,6 +194,11 @@ def decay(steps):
     return lambda step: min((step + 1) / warmup, (steps - step) / steps)
 
 
+def warm_up(steps):
+    """The share of the learning rate at each step: it rises over so many steps, and stays whole."""
+    return lambda step: min((step + 1) / steps, 1.0)
+
+
 def train(model, text, optimizer, steps, seed, watch, share=None, batch=BATCH):
     """Steps of the optimiser on random windows of text.
 
@@ -367,8 +372,9 @@ NEAR = 0.05  # nats per byte from a method's best: the range whose width is repo
 def base(quick):
     """The pretrained model, once for each process. Only the first of them says what it does."""
     steps = QUICK_STEPS if quick else PRETRAINING_STEPS
-    silent = contextlib.redirect_stdout(io.StringIO())
-    with silent if parent_process() else contextlib.nullcontext():
+    if parent_process() is None:
+        return pretrained(steps)
+    with contextlib.redirect_stdout(io.StringIO()):
         return pretrained(steps)
 
 
@@ -394,14 +400,14 @@ def adapted_and_trained(job, groups, look=lambda model: {}):
     return job | {"new": finite(new), "old": finite(old), "moved": finite(moved)} | look(model)
 
 
-def sweep(job, jobs):
-    """job of each of jobs, in their order: a process for every core, with one thread in each."""
+def sweep(one, jobs):
+    """one(job) of each of jobs, in their order: a process for every core, one thread in each."""
     cores = torch.get_num_threads()
     pool = ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,))
     progress = Progress("runs", len(jobs))
     found = []
     with pool:
-        for result in pool.map(job, jobs):
+        for result in pool.map(one, jobs):
             found.append(result)
             progress(len(found))
     return found
@@ -442,12 +448,12 @@ def write_json(found, path):
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def experiment(name, about, job, plan, report, draw, size=(8, 3.6), with_peft=False):
+def experiment(name, about, one, plan, report, draw, size=(8, 3.6), with_peft=False):
     """The command line that the experiments share: run and keep the numbers, or read them; then
     show.
 
-    about is the script's docstring; plan(quick) the jobs, job(one of them) what came out of it;
-    report(found) the tables; draw(found, figure) the picture. with_peft: methods of peft take part.
+    about is the script's docstring; plan(quick) the jobs, one(job) what came out of it;
+    report(found) the tables; draw(found, figure) the picture. with_peft: some methods are peft's.
     """
     parser = argparse.ArgumentParser(description=about.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the whole path in seconds")
@@ -457,6 +463,8 @@ def experiment(name, about, job, plan, report, draw, size=(8, 3.6), with_peft=Fa
     start = time.monotonic()
     out = args.out or (CACHE if args.quick else RESULTS)
     numbers = out / f"{name}.json"
+    if args.redraw and not numbers.exists():
+        parser.error(f"{numbers} is not there: run without --redraw first")
     if args.redraw:
         found = json.loads(numbers.read_text(encoding="utf-8"))
     else:
@@ -464,10 +472,14 @@ def experiment(name, about, job, plan, report, draw, size=(8, 3.6), with_peft=Fa
         model = base(args.quick)
         old = validate(model, english()["valid"], windows)
         new = validate(model, python()["valid"], windows)
-        jobs = [job | {"quick": args.quick} for job in plan(args.quick)]
+        jobs = plan(args.quick)
+        for job in jobs:
+            job["quick"] = args.quick
         found = versions("cpu", args.quick)
-        found |= {"before": {"old": old, "new": new}, "norm": weights(model).norm().item()}
-        found |= {"runs": sweep(job, jobs), "took": round(time.monotonic() - start)}
+        found["before"] = {"old": old, "new": new}
+        found["norm"] = weights(model).norm().item()
+        found["runs"] = sweep(one, jobs)
+        found["took"] = round(time.monotonic() - start)
         write_json(found, numbers)
     print(f"\n{report(found)}\n{measured(found)}")
     if with_peft and not found["peft"]:
@@ -480,7 +492,7 @@ def experiment(name, about, job, plan, report, draw, size=(8, 3.6), with_peft=Fa
 
 
 def over_seeds(runs, key, **which):
-    """That number of all runs that match which, one for each seed; infinite if one diverged."""
+    """run[key] of every run that matches which, one for each seed; infinite if it diverged."""
     chosen = []
     for run in runs:
         if all(run[name] == value for name, value in which.items()):
@@ -491,7 +503,22 @@ def over_seeds(runs, key, **which):
 def per_step(found, key, **which):
     """What a run keeps as one number a step: at every step a list of one for each seed."""
     runs = over_seeds(found["runs"], key, **which)
-    return [list(values) for values in zip(*runs, strict=True)]
+    steps = []
+    for values in zip(*runs, strict=True):
+        # min() and max() pass over NaN, but not over infinity
+        steps.append([math.inf if v is not None and math.isnan(v) else v for v in values])
+    return steps
+
+
+def each(runs, key):
+    """The values of run[key], each once, in the order of the runs."""
+    return list(dict.fromkeys(run[key] for run in runs))
+
+
+def spread(values, form):
+    """The mean, and in brackets the lowest and the highest."""
+    mean = statistics.fmean(values)
+    return f"{mean:{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def picture(draw, path, size):

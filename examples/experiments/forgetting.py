@@ -37,6 +37,7 @@ from common import (
     SEEDS,
     base,
     curve,
+    each,
     english,
     experiment,
     per_step,
@@ -44,6 +45,7 @@ from common import (
     python,
     train,
     validate,
+    warm_up,
     weights,
     without_peft,
 )
@@ -72,7 +74,7 @@ MOMENTS = (175, 400, 1000, 1250)  # for the table of distances
 
 
 def one(job):
-    """The losses and ‖W' - W‖ at every checkpoint."""
+    """The losses, ‖W' - W‖ and the mean λ at every checkpoint."""
     quick = job["quick"]
     before = weights(base(quick))
     windows = 16 if quick else 64
@@ -103,8 +105,7 @@ def one(job):
     watch(0, 0.0)
     steps = 20 if quick else CHECKPOINTS[-1]
     text = python()["train"][:TEXT]
-    warm_up = lambda step: min((step + 1) / 10, 1.0)  # noqa: E731
-    train(model, text, optimizer, steps, job["seed"], watch, warm_up, batch=8)
+    train(model, text, optimizer, steps, job["seed"], watch, warm_up(10), batch=8)
     return job | found
 
 
@@ -124,9 +125,9 @@ def best_stop(found, method):
 
 def report(found):
     steps = found["runs"][0]["step"]
-    methods = list(dict.fromkeys(run["method"] for run in found["runs"]))
+    methods = each(found["runs"], "method")
     rates = {run["method"]: run["lr"] for run in found["runs"]}
-    before = []
+    before = []  # on the 64 windows of the curves; found["before"] is of 128
     for key, what in (("new", "new text"), ("old", "old text")):
         before.append(f"{what} {per_step(found, key, method=methods[0])[0][0]:.2f}")
     lines = [f"‖W‖ = {found['norm']:.0f}. Before: {', '.join(before)}. Means over seeds:"]
@@ -165,7 +166,7 @@ def report(found):
 
 def draw(found, figure):
     panels = figure.subplots(1, 3)
-    methods = list(dict.fromkeys(run["method"] for run in found["runs"]))
+    methods = each(found["runs"], "method")
     steps = found["runs"][0]["step"][1:]
     titles = (
         ("moved", "‖W' − W‖, all adapted matrices", "Distance"),

@@ -4,7 +4,7 @@
 # ///
 """From ETHER+ to DeLoRA, one rung at a time (Eq. 10 to 14; Tables 1 and 2 from the other side).
 
-    python examples/experiments/ladder.py            all runs: about 15 minutes on two cores
+    python examples/experiments/ladder.py            all runs: about 25 minutes on two cores
     python examples/experiments/ladder.py --redraw   tables and figure of the last run
     python examples/experiments/ladder.py --quick    in seconds, too short for figures to quote
 
@@ -62,6 +62,7 @@ from common import (
     adapted_and_trained,
     experiment,
     over_seeds,
+    spread,
 )
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
@@ -232,12 +233,6 @@ def best(runs, rung):
             if least is None or mean < least:
                 least, found = mean, cell
     return found
-
-
-def spread(values, form):
-    """The mean, and in brackets the lowest and the highest."""
-    mean = statistics.fmean(values)
-    return f"{mean:{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def marked(value, tried, form):

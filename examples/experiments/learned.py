@@ -10,8 +10,8 @@
 
 The quickstart's model is adapted to Python source code as in robustness.py, but ten times as long:
 1500 steps on 8 windows, AdamW without weight decay, linear warm-up over 6 % and linear decay, r = 8
-on all 24 matrices of the blocks, three seeds. A and B have their best rate by robustness.py, 3.2e-2
-at its highest, λ half of it. Every λ starts at 15, so what differs at the end was learned.
+on all 24 matrices of the blocks, three seeds. A and B have their best rate by robustness.py,
+3.2e-2; λ has half of it. Every λ starts at 15, so what differs at the end was learned.
 
 Beside λ stand the norms ‖W[:, j]‖ of the pretrained weights, which λ multiplies: the same λ means
 an update of another size in another kind of layer.
@@ -31,8 +31,10 @@ from common import (
     base,
     deloras,
     experiment,
+    finite,
     prepare,
     python,
+    spread,
     train,
     validate,
 )
@@ -43,7 +45,7 @@ COLOURS = dict(zip(LEAVES, SHADES, strict=True))
 
 
 def one(job):
-    """λ of every layer, how far it moved, the norms of the columns of W: by the layer's name."""
+    """By the layer's name: λ, ‖ΔW‖, its bound, and the quartiles of ‖W[:, j]‖."""
     quick = job["quick"]
     model = copy.deepcopy(base(quick))
     torch.manual_seed(job["seed"])
@@ -59,7 +61,7 @@ def one(job):
         found["bound"][name] = round(delora.norm_bound(), 4)
         found["norms"][name] = [round(norm, 4) for norm in delora.w.quantile(QUARTILES).tolist()]
     new = validate(model, python()["valid"], 16 if quick else 128)
-    return job | found | {"new": new}
+    return job | found | {"new": finite(new)}
 
 
 def plan(quick):
@@ -71,10 +73,6 @@ def of(found, key, block, leaf):
     return [run[key][f"blocks.{block}.{leaf}"] for run in found["runs"]]
 
 
-def spread(values):
-    return f"{statistics.fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-
-
 def report(found):
     losses = [run["new"] for run in found["runs"]]
     before = found["before"]["new"]
@@ -82,15 +80,16 @@ def report(found):
     lines.append("λ at the end, from 15: mean over seeds, lowest to highest")
     lines.append(f"  {'':9}" + "".join(f"{leaf:>21}" for leaf in LEAVES))
     for block in range(LAYERS):
-        cells = [spread(of(found, "strength", block, leaf)) for leaf in LEAVES]
+        cells = [spread(of(found, "strength", block, leaf), ".1f") for leaf in LEAVES]
         lines.append(f"  block {block:<3}" + "".join(f"{cell:>21}" for cell in cells))
     lines.append("")
     lines.append("‖W[:, j]‖: median over the columns, lowest to highest")
     for block in range(LAYERS):
         row = f"  block {block:<3}"
         for leaf in LEAVES:
-            low, _, middle, _, high = of(found, "norms", block, leaf)[0]
-            row += f"{f'{middle:.2f} ({low:.2f} to {high:.2f})':>21}"
+            low, _, middle, _, high = of(found, "norms", block, leaf)[0]  # W is that of all seeds
+            cell = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            row += f"{cell:>21}"
         lines.append(row)
     lines.append("")
     lines.append("‖ΔW‖ as a share of its bound, mean over seeds")

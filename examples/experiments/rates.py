@@ -5,12 +5,12 @@
 """The rate of λ alone, the rate of A and B alone, and both (Fig. 6).
 
     python examples/experiments/rates.py            all runs: about 10 minutes on two cores
-    python examples/experiments/rates.py --redraw   table and figure of the last run
+    python examples/experiments/rates.py --redraw   tables and figure of the last run
     python examples/experiments/rates.py --quick    in seconds, too short for figures to quote
 
 Strength and angles have parameters of their own, and so may have learning rates of their own. The
 runs are those of robustness.py (150 steps, r = 8, λ = 15 at the start, three seeds), in three
-sweeps from 1e-3 to 10:
+sweeps of six rates from 1e-3 to 10:
 
     λ alone          A and B at 1e-2
     A and B alone    λ at 5e-3
@@ -94,8 +94,8 @@ def report(found):
     for sweep in SWEEPS:
         row = f"  {sweep:16}"
         for rate in rates:
-            found_here = over_seeds(runs, "strengths", sweep=sweep, rate=rate)
-            every = [strength for layers in found_here for strength in layers]
+            layers_by_seed = over_seeds(runs, "strengths", sweep=sweep, rate=rate)
+            every = [strength for layers in layers_by_seed for strength in layers]
             cell = f"{min(every):.0f}..{max(every):.0f}" if every else "-"
             row += f"{cell:>9}"
         lines.append(row)
@@ -106,7 +106,8 @@ def draw(found, figure):
     runs = found["runs"]
     axes = figure.subplots()
     for sweep in SWEEPS:
-        rates = sorted({run["rate"] for run in runs if run["sweep"] == sweep and run["rate"]})
+        # a logarithmic axis has no 0
+        rates = sorted({run["rate"] for run in runs if run["sweep"] == sweep} - {0.0})
         losses = [over_seeds(runs, "new", sweep=sweep, rate=rate) for rate in rates]
         curve(axes, rates, losses, sweep, **STYLES[sweep])
     fixed = statistics.fmean(over_seeds(runs, "new", sweep=STRENGTH_ALONE, rate=0.0))

@@ -15,13 +15,13 @@ with linear warm-up over 6 % and linear decay. The adapters have r = 8 on all 24
 blocks; λ starts at 15 and learns at half the rate of A and B, so that a sweep moves both. DoRA and
 one DeLoRA are PEFT's. Full fine-tuning trains everything.
 
-At the end of each run three numbers are kept: the loss on the new text's validation part, the loss
-on the old text's, and ‖W' - W‖, the Frobenius norm over all 24 matrices. W' is not asked from the
-method but measured from its outputs. By the width of a method is meant how many decades of learning
-rate around its best one keep the loss within 0.05 of its own best, or of the best that any adapter
-reaches, with straight lines between the points; + says that they go on beyond the sweep. In
-brackets are the lowest and the highest seed. Of DeLoRA it is also kept how long the rows a_i of A
-and the columns b_i of B became, and by what angle they turned away from their start.
+At the end of each run three numbers are kept of every method: the loss on the new text's validation
+part, the loss on the old text's, and ‖W' - W‖, the Frobenius norm over all 24 matrices. W' is not
+asked from the method but measured from its outputs. By the width of a method is meant how many
+decades of learning rate around its best one keep the loss within 0.05 of its own best, or of the
+best that any adapter reaches, with straight lines between the points; + says that they go on beyond
+the sweep. In brackets are the lowest and the highest seed. Of DeLoRA it is also kept how long the
+rows a_i of A and the columns b_i of B became, and by what angle they turned away from their start.
 
 Without peft its methods are left out; without matplotlib there is no figure. Both are said.
 """
@@ -43,6 +43,7 @@ from common import (
     adapted_and_trained,
     curve,
     deloras,
+    each,
     experiment,
     over_seeds,
     prepare,
@@ -123,7 +124,7 @@ def width_cell(rates, losses_by_seed, limit=None):
 
 
 def turning_table(runs, rates, wide):
-    """Nothing for ablation.py, which does not measure it."""
+    """The lines on lengths and angles; none if they were not measured (ablation.py)."""
     ours = [run for run in runs if "length_a" in run]
     if not ours:
         return []
@@ -145,8 +146,8 @@ def turning_table(runs, rates, wide):
 
 def report(found):
     runs, before = found["runs"], found["before"]
-    rates = list(dict.fromkeys(run["lr"] for run in runs))
-    methods = list(dict.fromkeys(run["method"] for run in runs))
+    rates = each(runs, "lr")
+    methods = each(runs, "method")
     wide = max(23, *(len(method) + 1 for method in methods))
     lines = []
     tables = (
@@ -184,8 +185,8 @@ def report(found):
 
 def draw(found, figure):
     runs, before = found["runs"], found["before"]["new"]
-    rates = list(dict.fromkeys(run["lr"] for run in runs))
-    methods = list(dict.fromkeys(run["method"] for run in runs))
+    rates = each(runs, "lr")
+    methods = each(runs, "method")
     left, right = figure.subplots(1, 2)
     for method in methods:
         style = {"color": COLOURS[method], "marker": MARKERS[method]}

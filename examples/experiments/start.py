@@ -34,6 +34,7 @@ from common import (
     SEEDS,
     base,
     curve,
+    each,
     experiment,
     per_step,
     python,
@@ -126,7 +127,7 @@ def plan(quick):
 
 
 def report(found):
-    rates = list(dict.fromkeys(run["lr"] for run in found["runs"]))
+    rates = each(found["runs"], "lr")
     last = len(found["runs"][0]["loss"]) - 1
     lines = []
     tables = (("moved", "‖ΔW‖ (lowest to highest seed)", ".4g"), ("loss", "Loss", ".3f"))
@@ -147,7 +148,7 @@ def report(found):
 
 
 def draw(found, figure):
-    rates = list(dict.fromkeys(run["lr"] for run in found["runs"]))
+    rates = each(found["runs"], "lr")
     left, right = figure.subplots(1, 2)
     for start, colour in ((CLAMPED, COLOURS[PEFT_DELORA]), (FROZEN_COPY, COLOURS[OURS])):
         for lr, line in zip(rates, (":", "-.", "--", "-"), strict=False):

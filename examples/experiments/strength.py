@@ -29,6 +29,7 @@ from common import (
     experiment,
     over_seeds,
     prepare,
+    spread,
 )
 from start import CLAMPED, FROZEN_COPY, clamp, clamped_groups
 
@@ -61,15 +62,15 @@ def one(job):
 
 
 def plan(quick):
-    settings = [(LORA, None, lr) for lr in (LORA_RATES[1:2] if quick else LORA_RATES)]
-    for method in (CLAMPED, FROZEN_COPY):
-        for lr in RATES[:1] if quick else RATES:
-            for strength in STRENGTHS[::2] if quick else STRENGTHS:
-                settings.append((method, strength, lr))
     jobs = []
-    for method, strength, lr in settings:
-        for seed in SEEDS[:1] if quick else SEEDS:
-            jobs.append({"method": method, "strength": strength, "lr": lr, "seed": seed})
+    for seed in SEEDS[:1] if quick else SEEDS:
+        for lr in LORA_RATES[1:2] if quick else LORA_RATES:
+            jobs.append({"method": LORA, "strength": None, "lr": lr, "seed": seed})
+        for method in (CLAMPED, FROZEN_COPY):
+            for lr in RATES[:1] if quick else RATES:
+                for strength in STRENGTHS[::2] if quick else STRENGTHS:
+                    job = {"method": method, "strength": strength, "lr": lr, "seed": seed}
+                    jobs.append(job)
     return jobs
 
 
@@ -85,12 +86,12 @@ def report(found):
     lines = [f"Losses, nats per byte ({text}): mean over seeds, lowest to highest"]
     lines.append(f"  {'':15}{'lr':>8}{'λ':>5}{'new text':>26}{'old text':>26}{'moved':>8}")
     for method, lr, strength in settings(runs):
+        which = {"method": method, "lr": lr, "strength": strength}
         row = f"  {method:15}{lr:>8.1e}" + (f"{strength:>5.0f}" if strength else f"{'-':>5}")
         for key in ("new", "old"):
-            losses = over_seeds(runs, key, method=method, lr=lr, strength=strength)
-            cell = f"{statistics.fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+            cell = spread(over_seeds(runs, key, **which), ".3f")
             row += f"{cell:>26}"
-        moved = over_seeds(runs, "moved", method=method, lr=lr, strength=strength)
+        moved = over_seeds(runs, "moved", **which)
         lines.append(row + f"{statistics.fmean(moved):>8.1f}")
     return "\n".join(lines)
 
@@ -104,7 +105,7 @@ def draw(found, figure):
         old = statistics.fmean(over_seeds(runs, "old", **which))
         new = statistics.fmean(over_seeds(runs, "new", **which))
         if method == LORA:
-            curves.setdefault((method, None), []).append((old, new, f"lr {lr:.0e}"))
+            curves.setdefault((method, None), []).append((old, new, f"lr {lr:.1e}"))
         else:
             curves.setdefault((method, lr), []).append((old, new, f"λ {strength:.0f}"))
     for (method, lr), points in curves.items():
@@ -112,7 +113,7 @@ def draw(found, figure):
         style = dict(STYLES[method])
         if lr == RATES[0]:
             style |= {"linestyle": "--", "markerfacecolor": "white"}
-        name = f"{method}, its rate swept" if lr is None else f"{method}, λ swept, lr {lr:.0e}"
+        name = f"{method}, its rate swept" if lr is None else f"{method}, λ swept, lr {lr:.1e}"
         axes.plot(olds, news, label=name, **style)
         # Below, left of it, for the curves at the lower rate; above, right of it, for all others.
         place = {"xytext": (5, 5), "color": style["color"]}
@@ -124,7 +125,7 @@ def draw(found, figure):
     axes.set(
         xlabel="loss on the old text: forgetting", ylabel="loss on the new text, nats per byte"
     )
-    axes.set_title("λ = 4, 8, 15, 30 along each curve; lower left is better", fontsize=10)
+    axes.set_title("λ = 4, 8, 15, 30 along DeLoRA's curves; lower left is better", fontsize=10)
     figure.legend(loc="outside right", frameon=False, fontsize=8)
 
 

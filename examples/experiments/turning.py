@@ -9,8 +9,9 @@
     python examples/experiments/turning.py --quick    in seconds, too short for figures to quote
 
 The bound holds at any learning rate. That DeLoRA still learns at a high one has a second reason.
-The gradient of a_i is at right angles to a_i, so a step makes it longer, and the longer it is, the
-smaller is the angle by which a step of the same length turns it. So the angular rate falls, though
+The gradient of a_i is at right angles to a_i, so a step of SGD makes it longer. AdamW rescales the
+gradient, but its steps make it longer too, as is measured here. The longer a_i is, the smaller is
+the angle by which a step of the same length turns it. So the angular rate falls, though
 the learning rate does not. Weight decay makes a_i shorter again, and keeps it turning.
 
 The model, the text and the batches are those of robustness.py: r = 8 on all 24 matrices of the
@@ -32,12 +33,15 @@ from common import (
     base,
     curve,
     deloras,
+    each,
     experiment,
+    finite,
     over_seeds,
     per_step,
     python,
     train,
     validate,
+    warm_up,
 )
 from torch.nn import functional as F
 
@@ -45,7 +49,7 @@ from delora import inject, param_groups
 
 RATES = (1e-3, 1e-2, 1e-1)
 DECAYS = (0.0, 0.01, 1.0)
-COLOURS = dict(zip(RATES, ("#009988", "#0077bb", "#aa3377"), strict=True))
+RATE_COLOURS = dict(zip(RATES, ("#009988", "#0077bb", "#aa3377"), strict=True))
 LINES = dict(zip(DECAYS, ("-", "--", ":"), strict=True))
 WARM_UP = 9  # steps
 
@@ -67,6 +71,7 @@ def one(job):
     def watch(step, loss):
         lengths, angles = [], []
         for A, old in zip(rows, last, strict=True):
+            # by the chord: acos is inexact for small angles
             chord = (F.normalize(A, dim=1) - F.normalize(old, dim=1)).norm(dim=1)  # (r,)
             lengths.append(A.norm(dim=1))
             angles.append(2 * (chord / 2).asin().rad2deg())
@@ -75,10 +80,11 @@ def one(job):
         found["angle"].append(round(torch.cat(angles).mean().item(), 4))
 
     steps = 10 if quick else 150
-    rise = lambda step: min((step + 1) / WARM_UP, 1.0)  # noqa: E731
-    train(model, python()["train"], torch.optim.AdamW(groups), steps, job["seed"], watch, rise, 8)
+    optimizer = torch.optim.AdamW(groups)
+    rise = warm_up(WARM_UP)
+    train(model, python()["train"], optimizer, steps, job["seed"], watch, rise, batch=8)
     new = validate(model, python()["valid"], 16 if quick else 128)
-    return job | found | {"new": new}
+    return job | found | {"new": finite(new)}
 
 
 def plan(quick):
@@ -98,7 +104,7 @@ def report(found):
     lines = [f"Means over components and seeds; ‖a_i‖ is {before:.3f} before the first step"]
     head = f"  {'lr':8}{'decay':>7}{'‖a_i‖ after':>13}{warm:>5}{last:>7}"
     lines.append(f"{head}{'degrees in step 1':>20}{warm:>5}{last:>7}{'loss':>9}")
-    for lr in dict.fromkeys(run["lr"] for run in runs):
+    for lr in each(runs, "lr"):
         for decay in DECAYS:
             lengths = per_step(found, "length", lr=lr, decay=decay)
             angles = per_step(found, "angle", lr=lr, decay=decay)
@@ -113,9 +119,9 @@ def report(found):
 
 def draw(found, figure):
     left, right = figure.subplots(1, 2)
-    for lr in dict.fromkeys(run["lr"] for run in found["runs"]):
+    for lr in each(found["runs"], "lr"):
         for decay in DECAYS:
-            style = {"color": COLOURS[lr], "linestyle": LINES[decay]}
+            style = {"color": RATE_COLOURS[lr], "linestyle": LINES[decay]}
             lengths = per_step(found, "length", lr=lr, decay=decay)
             angles = per_step(found, "angle", lr=lr, decay=decay)
             name = f"lr {lr:.0e}, decay {decay:g}"

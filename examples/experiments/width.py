@@ -39,11 +39,13 @@ from common import (
     base,
     curve,
     deloras,
+    each,
     experiment,
     per_step,
     python,
     train,
     validate,
+    warm_up,
 )
 from torch.nn import functional as F
 
@@ -51,8 +53,8 @@ from delora import inject, param_groups
 
 WIDTHS = (WIDTH, 768, 4096)
 RATES = (1e-3, 1e-2, 10**-1.5)
-COLOURS = dict(zip(RATES, ("#009988", "#0077bb", "#aa3377"), strict=True))
-WARM_UP = 9  # steps
+RATE_COLOURS = dict(zip(RATES, ("#009988", "#0077bb", "#aa3377"), strict=True))
+NO_WARM_UP, WARM_UP = 1, 9  # steps; the first step has the whole rate, or a ninth of it
 
 
 def by_angle(width, lr):
@@ -82,7 +84,7 @@ def share(model, width):
 
 
 def one(job):
-    """The share after every step, and the loss of the pretrained model."""
+    """The share after every step and, at width 128, the loss."""
     quick, width = job["quick"], job["width"]
     torch.manual_seed(job["seed"])
     if width == WIDTH:
@@ -101,7 +103,7 @@ def one(job):
 
     groups = param_groups(model, job["lr"], lambda_lr=job["lr"] / 2)
     optimizer = torch.optim.AdamW(groups, weight_decay=0)
-    rise = lambda step: min((step + 1) / job["warm_up"], 1.0)  # noqa: E731
+    rise = warm_up(job["warm_up"])
     batch = 8 if width == WIDTH else 2
     train(model, python()["train"], optimizer, steps, job["seed"], watch, rise, batch)
     return job | found
@@ -113,37 +115,36 @@ def plan(quick):
     seeds = SEEDS[:1] if quick else SEEDS
     jobs = []
     for width in widths:
-        for warm_up in (1, WARM_UP):  # steps; from the first step on the rate is whole, or rises
-            if warm_up > 1 and width != WIDTH:
-                continue
+        for rise in (NO_WARM_UP, WARM_UP) if width == WIDTH else (NO_WARM_UP,):
             for lr in rates:
                 for seed in seeds:
-                    jobs.append({"width": width, "warm_up": warm_up, "lr": lr, "seed": seed})
+                    jobs.append({"width": width, "warm_up": rise, "lr": lr, "seed": seed})
     return jobs
 
 
 def report(found):
-    rates = list(dict.fromkeys(run["lr"] for run in found["runs"]))
-    widths = list(dict.fromkeys(run["width"] for run in found["runs"]))
+    rates = each(found["runs"], "lr")
+    widths = each(found["runs"], "width")
     lines = ["Share of full strength after one step (lowest to highest seed; by the angle alone)"]
     lines.append(f"  {'width':8}" + "".join(f"{f'lr {lr:.1e}':>24}" for lr in rates))
     for width in widths:
         row = f"  {width:<8}"
         for lr in rates:
-            values = per_step(found, "share", width=width, warm_up=1, lr=lr)[0]
+            values = per_step(found, "share", width=width, warm_up=NO_WARM_UP, lr=lr)[0]
             cell = f"{min(values):.2f} to {max(values):.2f} ({by_angle(width, lr):.2f})"
             row += f"{cell:>24}"
         lines.append(row)
-    last = len(found["runs"][0]["loss"])
+    last = len(found["runs"][0]["loss"])  # the first run is of the pretrained model
     moments = sorted({1, min(WARM_UP, last), last})
     lines.append("")
     lines.append(f"Width {WIDTH}: the share, then the loss, mean over seeds, after so many steps")
     lines.append(f"  {'lr':10}{'warm-up':>10}" + "".join(f"{n:>10}" for n in moments * 2))
     for lr in rates:
-        for warm_up in (1, WARM_UP):
-            row = f"  {lr:<10.1e}{'none' if warm_up == 1 else f'{warm_up} steps':>10}"
+        for rise in (NO_WARM_UP, WARM_UP):
+            name = "none" if rise == NO_WARM_UP else f"{rise} steps"
+            row = f"  {lr:<10.1e}{name:>10}"
             for key, digits in (("share", 2), ("loss", 3)):
-                values = per_step(found, key, width=WIDTH, warm_up=warm_up, lr=lr)
+                values = per_step(found, key, width=WIDTH, warm_up=rise, lr=lr)
                 for n in moments:
                     row += f"{statistics.fmean(values[n - 1]):>10.{digits}f}"
             lines.append(row)
@@ -151,19 +152,19 @@ def report(found):
 
 
 def draw(found, figure):
-    rates = list(dict.fromkeys(run["lr"] for run in found["runs"]))
-    widths = list(dict.fromkeys(run["width"] for run in found["runs"]))
+    rates = each(found["runs"], "lr")
+    widths = each(found["runs"], "width")
     left, right = figure.subplots(1, 2)
     for lr in rates:
-        style = {"color": COLOURS[lr]}
+        style = {"color": RATE_COLOURS[lr]}
         shares = []
         for width in widths:
-            shares.append(per_step(found, "share", width=width, warm_up=1, lr=lr)[0])
-        curve(left, widths, shares, f"lr {lr:.0e}", marker="o", **style)
+            shares.append(per_step(found, "share", width=width, warm_up=NO_WARM_UP, lr=lr)[0])
+        curve(left, widths, shares, f"lr {lr:.1e}", marker="o", **style)
         left.plot(widths, [by_angle(width, lr) for width in widths], ":", **style)
-        for warm_up, line in ((1, "--"), (WARM_UP, "-")):
-            losses = per_step(found, "loss", width=WIDTH, warm_up=warm_up, lr=lr)
-            name = f"lr {lr:.0e}, {'no warm-up' if warm_up == 1 else 'warm-up'}"
+        for rise, line, what in ((NO_WARM_UP, "--", "no warm-up"), (WARM_UP, "-", "warm-up")):
+            losses = per_step(found, "loss", width=WIDTH, warm_up=rise, lr=lr)
+            name = f"lr {lr:.1e}, {what}"
             curve(right, range(1, len(losses) + 1), losses, name, linestyle=line, **style)
     left.set(xscale="log", yscale="log", xlabel="width", ylabel="‖ΔW‖ / ‖learned term‖")
     left.set_xticks(widths, [str(width) for width in widths])

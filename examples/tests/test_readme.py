@@ -91,7 +91,7 @@ def test_the_accuracies_of_the_readme_are_those_of_the_example():
 def test_the_links_of_the_readmes_lead_somewhere():
     examples = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     for folder, text in ((ROOT, README), (ROOT / "examples", examples)):
-        links = re.findall(r"\]\((?!http)([\w./]+)", text)
+        links = re.findall(r"\]\((?!http)([\w./-]+)", text)
         assert links
         for path in links:
             assert (folder / path).exists(), path
