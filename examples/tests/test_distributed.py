@@ -461,6 +461,7 @@ def job_norm_bound(rank, folder):
     torch.save(found, folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 @needs_fsdp2
 def test_the_norm_bound_is_the_same_number_in_every_process(tmp_path):
     """Seen: of w (1,) the second process has nothing. It raised, and the first waited for it."""
@@ -561,6 +562,7 @@ def test_two_processes_train_save_once_and_one_reloads(count):
     assert "scattered again      the same outputs, bit for bit" in report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "message"),
     (
@@ -628,6 +630,7 @@ def job_traffic(rank, folder):
     torch.save(answer, folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 @needs_fsdp2
 def test_the_costs_are_what_fsdp2_sends(tmp_path):
     """W in bfloat16, the adapter in float32. Between nodes: the gradients, and nothing else."""

@@ -710,6 +710,7 @@ def test_functional_call_and_vmap_run_several_adapters_on_one_base():
             assert distance(gradients[i], gradient) <= tol(torch.float32, depth(model), gradient)
 
 
+@pytest.mark.slow
 def test_an_adapted_model_is_exported():
     model = byte_transformer()
     moved(model)
