@@ -82,7 +82,7 @@ def python():
 class Block(nn.Module):
     """Pre-norm attention and MLP."""
 
-    def __init__(self, width):
+    def __init__(self, width=WIDTH):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.q = nn.Linear(width, width, bias=False)
