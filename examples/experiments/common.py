@@ -14,6 +14,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -426,9 +427,7 @@ def versions(device, quick):
     """What a report says at its end."""
     found = {"torch": torch.__version__, "where": where(device), "peft": None, "quick": quick}
     if PEFT:
-        import peft
-
-        found["peft"] = peft.__version__
+        found["peft"] = importlib.metadata.version("peft")
     return found
 
 

@@ -1,6 +1,7 @@
 """What the figures rest on: the measures, the variants that are compared, the numbers in README."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -640,13 +641,21 @@ def test_every_figure_is_shown_once_is_small_and_stands_on_white():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_figure_is_drawn_again_from_its_numbers(name, tmp_path):
     pytest.importorskip("matplotlib")
-    (tmp_path / f"{name}.json").write_text(json.dumps(FOUND[name]))
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--redraw", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    path = tmp_path / f"{name}.svg"
+    common.picture(functools.partial(EXPERIMENTS[name].draw, FOUND[name]), path, (8, 4))
+    assert path.stat().st_size > 10_000
+
+
+def test_the_command_line_shows_the_numbers_of_the_last_run_again(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "rates.py"), "--redraw", "--out", str(tmp_path)]
+    how = {"capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(command, **how)
+    assert done.returncode == 2 and "run without --redraw first" in done.stderr
+    (tmp_path / "rates.json").write_text(json.dumps(FOUND["rates"]))
+    done = subprocess.run(command, **how)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert EXPERIMENTS[name].report(FOUND[name]) in done.stdout
-    assert "Figure and numbers" in done.stdout
-    assert (tmp_path / f"{name}.svg").stat().st_size > 10_000
+    assert rates.report(FOUND["rates"]) in done.stdout
+    assert (tmp_path / "rates.svg").exists() == common.MATPLOTLIB
 
 
 @pytest.mark.slow
