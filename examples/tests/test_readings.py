@@ -437,6 +437,10 @@ WIDTH_READINGS = (
         lambda: [early("share", 1e-2, wide=wide) for wide in width.WIDTHS],
     ),
     (
+        "to be back at about {:.2f}, its loss before training",
+        lambda: [loss_at_start(start.FROZEN_COPY, 1e-2, 0)],
+    ),
+    (
         "At 3.2e-2 the first step of the small model without a warm-up takes the loss from {:.2f} "
         "to {:.2f}, and the second to {:.2f}; with one, the first step takes it to {:.2f}",
         lambda: [
