@@ -43,7 +43,6 @@ from pathlib import Path
 
 import common
 import torch
-import width
 from common import (
     CACHE,
     FROZEN,
@@ -61,6 +60,7 @@ from common import (
 )
 from torch import nn
 from torch.nn import functional as F
+from width import RATES, share
 
 from delora import inject, param_groups
 
@@ -326,7 +326,7 @@ def first_step(device, dtype, quick):
     """
     wide = 128 if quick else 4096
     found = {}
-    for lr in width.RATES:
+    for lr in RATES:
         shares = []
         for seed in common.SEEDS:
             torch.manual_seed(seed)
@@ -338,7 +338,7 @@ def first_step(device, dtype, quick):
             silent = lambda step, loss: None  # noqa: E731
             text = common.python()["train"]
             common.train(model, text, optimizer, 1, seed, silent, constant, batch=2)
-            shares.append(width.share(model, wide))
+            shares.append(share(model, wide))
         found[f"{lr:.1e}"] = [min(shares), max(shares)]
     return {"width": wide, "shares": found}
 
