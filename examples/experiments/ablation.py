@@ -27,9 +27,16 @@ Without matplotlib there is no figure, which is said.
 """
 
 from common import (
+    COLOURS,
+    GREY,
     LEAVES,
     LORA,
+    OLIVE,
+    OURS,
+    PEFT_DELORA,
+    PINK,
     SEEDS,
+    TEAL,
     adapted_and_trained,
     curve,
     experiment,
@@ -54,13 +61,13 @@ ROWS = {  # options of inject
     ZERO_B: None,
 }
 STYLES = {
-    LORA: {"color": "#cc3311", "marker": "s"},
-    "+ normalised, λ": {"color": "#777777", "marker": "^"},
-    "+ w, by column": {"color": "#0077bb", "marker": "o"},
-    "+ w, Frobenius": {"color": "#009988", "marker": "D"},
-    "by column, λ untied": {"color": "#33bbee", "marker": "x"},
-    FIXED: {"color": "#000000", "marker": "+"},
-    ZERO_B: {"color": "#ee9922", "marker": "v"},
+    LORA: {"color": COLOURS[LORA], "marker": "s"},
+    "+ normalised, λ": {"color": PINK, "marker": "^"},
+    "+ w, by column": {"color": COLOURS[OURS], "marker": "o", "zorder": 3},
+    "+ w, Frobenius": {"color": TEAL, "marker": "D"},
+    "by column, λ untied": {"color": OLIVE, "marker": "x", "markersize": 8},
+    FIXED: {"color": GREY, "marker": "+", "markersize": 9},
+    ZERO_B: {"color": COLOURS[PEFT_DELORA], "marker": "v"},
 }
 
 

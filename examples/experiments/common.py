@@ -264,13 +264,17 @@ PEFT_LORA = "PEFT LoRA"
 PEFT_DORA = "PEFT DoRA"
 PEFT_DELORA = "PEFT DeLoRA"
 OURS = "DeLoRA"
+# A figure has no background: each colour has to be seen on a white page and on a dark one (a test
+# computes the contrasts). A method has its own in every figure.
 COLOURS = {
-    LORA: "#cc3311",
-    PEFT_DORA: "#aa3377",
-    FULL: "#777777",
-    PEFT_DELORA: "#ee9922",
-    OURS: "#0077bb",
+    LORA: "#d23c1c",
+    PEFT_DORA: "#9955bb",
+    FULL: "#228833",
+    PEFT_DELORA: "#cc7711",
+    OURS: "#1f78d1",
 }
+GREY = "#757c84"  # text, axes, lines to compare with
+TEAL, PINK, OLIVE = "#0a93a3", "#d6479a", "#8f8000"  # for what is no method
 MARKERS = {LORA: "s", PEFT_DORA: "D", FULL: "^", PEFT_DELORA: "v", OURS: "o"}
 
 
@@ -521,15 +525,23 @@ def spread(values, form):
 
 
 def picture(draw, path, size):
-    """A figure on white, legible in a dark page too. The same numbers give the same file."""
+    """A figure without a background, in a GREY that is legible on a white page and on a dark one.
+
+    The same numbers give the same file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    spines = {"axes.spines.top": False, "axes.spines.right": False}
-    matplotlib.rcParams.update({"svg.hashsalt": "delora", **spines})
+    style = {"svg.hashsalt": "delora", "axes.spines.top": False, "axes.spines.right": False}
+    for surface in ("figure.facecolor", "axes.facecolor"):
+        style[surface] = "none"
+    texts = ("text.color", "axes.labelcolor", "axes.titlecolor")
+    for part in (*texts, "axes.edgecolor", "xtick.color", "ytick.color"):
+        style[part] = GREY
+    matplotlib.rcParams.update(style)
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=size, layout="constrained", facecolor="white")
+    figure = pyplot.figure(figsize=size, layout="constrained")
     draw(figure)
     path.parent.mkdir(exist_ok=True, parents=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -538,8 +550,9 @@ def picture(draw, path, size):
 
 def curve(axes, x, values, name, **style):
     """The mean over seeds as a line, from the lowest to the highest seed as a band."""
+    style = {"markersize": 4} | style
     means = [statistics.fmean(seeds) for seeds in values]
     lowest = [min(seeds) for seeds in values]
     highest = [max(seeds) for seeds in values]
-    axes.plot(x, means, label=name, markersize=4, **style)
+    axes.plot(x, means, label=name, **style)
     axes.fill_between(x, lowest, highest, color=style["color"], alpha=0.2, linewidth=0)

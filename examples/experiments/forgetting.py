@@ -66,7 +66,7 @@ CHECKPOINTS = (
     *(650, 800, 1000, 1250),
 )
 STYLES = {
-    SLOW: {"color": COLOURS[OURS], "marker": "o", "linestyle": "--", "markerfacecolor": "white"}
+    SLOW: {"color": COLOURS[OURS], "marker": "o", "linestyle": "--", "markerfacecolor": "none"}
 }
 for name in (LORA, PEFT_DORA, FULL, PEFT_DELORA, OURS):
     STYLES[name] = {"color": COLOURS[name], "marker": MARKERS[name]}
@@ -176,16 +176,21 @@ def draw(found, figure):
     for axes, (key, label, title) in zip(panels, titles, strict=True):
         for method in methods:
             values = per_step(found, key, method=method)[1:]
-            curve(axes, steps, values, method, **STYLES[method])
+            curve(axes, steps, values, method, markersize=3, **STYLES[method])
         axes.set(xscale="log", xlabel="step", ylabel=label)
         axes.set_title(title, fontsize=10)
-    # full fine-tuning goes far above that, out of the panel in which adapters can be told apart
-    before = per_step(found, "new", method=OURS)[0][0]
-    lowest = min(min(min(losses) for losses in per_step(found, "new", method=m)) for m in methods)
-    panels[1].set_ylim(lowest - 0.02, before + 0.4)
+    # full fine-tuning goes far above the adapters, out of panels in which these can be told apart
+    for axes, key in ((panels[1], "new"), (panels[2], "old")):
+        means = []
+        for method in methods:
+            if method != FULL:
+                steps = per_step(found, key, method=method)[1:]
+                means += [statistics.fmean(losses) for losses in steps]
+        margin = 0.1 * (max(means) - min(means))
+        axes.set_ylim(min(means) - margin, max(means) + margin)
     lines = panels[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
 
 
 if __name__ == "__main__":
-    experiment("forgetting", __doc__, one, plan, report, draw, size=(9, 3.6), with_peft=True)
+    experiment("forgetting", __doc__, one, plan, report, draw, size=(9, 4), with_peft=True)

@@ -56,6 +56,7 @@ import statistics
 import torch
 from common import (
     COLOURS,
+    GREY,
     LEAVES,
     OURS,
     SEEDS,
@@ -295,10 +296,10 @@ def draw(found, figure):
         mean = statistics.fmean(losses)
         means.append(mean)
         ends = [[mean - min(losses)], [max(losses) - mean]]  # how far the bar goes down and up
-        style = {"color": COLOURS[OURS] if rung == OURS else "#555555", "marker": "o"}
+        style = {"color": COLOURS[OURS] if rung == OURS else GREY, "marker": "o"}
         axes.errorbar([place], [mean], ends, capsize=5, linestyle="none", **style)
         axes.annotate(f"{mean:.3f}", (place, mean), (9, 3), textcoords="offset points", fontsize=9)
-    axes.plot(range(len(means)), means, color="#bbbbbb", linewidth=1, zorder=0)
+    axes.plot(range(len(means)), means, color=GREY, linewidth=0.8, zorder=0)
     axes.set_xticks(range(len(means)), list(RUNGS))
     axes.set_xlim(-0.4, len(means) - 0.4)
     axes.set_ylabel("loss on the new text, nats per byte")

@@ -24,10 +24,13 @@ import statistics
 
 import torch
 from common import (
+    COLOURS,
+    GREY,
     LAYERS,
     LEAVES,
     OURS,
     SEEDS,
+    TEAL,
     base,
     deloras,
     experiment,
@@ -40,8 +43,6 @@ from common import (
 )
 
 QUARTILES = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-SHADES = ("#0077bb", "#33bbee", "#009988", "#ee7733", "#cc3311", "#aa3377")
-COLOURS = dict(zip(LEAVES, SHADES, strict=True))
 
 
 def one(job):
@@ -108,17 +109,17 @@ def draw(found, figure):
     left, right = figure.subplots(1, 2)
     for place, leaf in enumerate(LEAVES):
         for block in range(LAYERS):
-            x = place + (block - (LAYERS - 1) / 2) * 0.18
-            style = {"color": COLOURS[leaf], "marker": "o", "markersize": 4, "capsize": 2}
+            x = place + (block - (LAYERS - 1) / 2) * 0.2
+            style = {"color": COLOURS[OURS], "marker": "o", "markersize": 4, "capsize": 2}
             values = of(found, "strength", block, leaf)
             mean = statistics.fmean(values)
             ends = [[mean - min(values)], [max(values) - mean]]
             left.errorbar([x], [mean], ends, **style)
             low, first, middle, third, high = of(found, "norms", block, leaf)[0]
-            right.plot([x, x], [low, high], color=COLOURS[leaf], linewidth=1)
-            right.plot([x, x], [first, third], color=COLOURS[leaf], linewidth=4)
-            right.plot([x], [middle], "o", color="white", markersize=2)
-    left.axhline(15, color="#777777", linewidth=0.8, linestyle=":")
+            right.plot([x, x], [low, high], color=TEAL, linewidth=1)
+            right.plot([x, x], [first, third], color=TEAL, linewidth=3)
+            right.plot([x], [middle], "_", color=TEAL, markersize=6.5)
+    left.axhline(15, color=GREY, linewidth=0.8, linestyle=":")
     place = {"textcoords": "offset points", "ha": "right", "fontsize": 8}
     left.annotate("at the start", (5.4, 15), (0, -10), **place)
     left.set_ylabel("λ")

@@ -25,8 +25,12 @@ Without matplotlib there is no figure, which is said.
 import statistics
 
 from common import (
+    GREY,
+    OLIVE,
     OURS,
+    PINK,
     SEEDS,
+    TEAL,
     adapted_and_trained,
     curve,
     deloras,
@@ -41,9 +45,9 @@ BOTH = "both"
 SWEEPS = (STRENGTH_ALONE, ANGLES_ALONE, BOTH)
 RATES = (1e-3, 1e-2, 10**-1.5, 1e-1, 1.0, 10.0)
 STYLES = {
-    STRENGTH_ALONE: {"color": "#ee9922", "marker": "v"},
-    ANGLES_ALONE: {"color": "#009988", "marker": "s"},
-    BOTH: {"color": "#0077bb", "marker": "o"},
+    STRENGTH_ALONE: {"color": OLIVE, "marker": "v"},
+    ANGLES_ALONE: {"color": TEAL, "marker": "s"},
+    BOTH: {"color": PINK, "marker": "o"},
 }
 
 
@@ -112,9 +116,9 @@ def draw(found, figure):
         curve(axes, rates, losses, sweep, **STYLES[sweep])
     fixed = statistics.fmean(over_seeds(runs, "new", sweep=STRENGTH_ALONE, rate=0.0))
     before = found["before"]["new"]
-    for height, what in ((fixed, "λ fixed"), (before, "before training")):
-        axes.axhline(height, color="#777777", linewidth=0.8, linestyle=":")
-        place = (0.99, height)
+    for height, what, right in ((fixed, "λ fixed", 0.99), (before, "before training", 0.6)):
+        axes.axhline(height, color=GREY, linewidth=0.8, linestyle=":")
+        place = (right, height)
         axes.annotate(what, place, xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set(xscale="log", xlabel="the learning rate that is swept")
     axes.set(ylabel="loss on the new text, nats per byte", ylim=(None, before + 0.3))

@@ -33,6 +33,7 @@ import torch
 from common import (
     COLOURS,
     FULL,
+    GREY,
     LORA,
     MARKERS,
     NEAR,
@@ -196,7 +197,7 @@ def draw(found, figure):
                 values.append([min(v, 1e6) for v in over_seeds(runs, key, method=method, lr=lr)])
             curve(axes, rates, values, method, **style)
     for axes, height, what in ((left, before, "before training"), (right, found["norm"], "‖W‖")):
-        axes.axhline(height, color="black", linewidth=0.8, linestyle=":")
+        axes.axhline(height, color=GREY, linewidth=0.8, linestyle=":")
         axes.annotate(what, (rates[0], height), (0, 3), textcoords="offset points", fontsize=8)
         axes.set(xscale="log", xlabel="learning rate")
     lowest = min(min(over_seeds(runs, "new", method=method)) for method in methods)

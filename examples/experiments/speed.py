@@ -76,7 +76,7 @@ STEPS = (  # what, tokens, in, out, r
 )
 MANY = 256  # tokens; below that every small operation shows, and the row is in no median
 METHODS = (FROZEN, LORA, PEFT_LORA, PEFT_DELORA, OURS)
-COLOURS = common.COLOURS | {PEFT_LORA: "#e69a8d"}
+COLOURS = common.COLOURS | {PEFT_LORA: common.COLOURS[LORA]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -517,9 +517,13 @@ def draw(found, figure):
         heights = [middle - 1 for middle, _, _ in values]
         below = [middle - low for middle, low, _ in values]
         above = [high - middle for middle, _, high in values]
-        style = {"color": COLOURS[method], "label": method, "capsize": 2}
+        colour = COLOURS[method]
+        # pale, so that the line from quartile to quartile is seen on it; hollow for peft's LoRA
+        fill = "none" if method == PEFT_LORA else (colour, 0.5)
+        style = {"label": method, "facecolor": fill, "edgecolor": colour}
+        style["error_kw"] = {"color": colour, "ecolor": colour, "capsize": 2}
         axes.bar(places, heights, 0.18, bottom=1, yerr=[below, above], **style)
-    axes.axhline(1, color="black", linewidth=1)
+    axes.axhline(1, color=common.GREY, linewidth=1)
     labels = []
     for row in rows:
         tokens, n_in, n_out, r = row["shape"]
@@ -542,7 +546,7 @@ def main():
     parser.add_argument("--out", type=Path, help="folder of numbers and figure (default: results)")
     parser.add_argument("--redraw", action="store_true", help="show the numbers of the last run")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not args.redraw and not torch.cuda.is_available():
         sys.exit("--device cuda: torch finds no GPU here.")
     start = time.monotonic()
     out = args.out or (CACHE if args.quick else RESULTS)

@@ -43,6 +43,17 @@ STYLES = {
     CLAMPED: {"color": COLOURS[PEFT_DELORA], "marker": "v"},
     FROZEN_COPY: {"color": COLOURS[OURS], "marker": "o"},
 }
+ABOVE = {"xytext": (5, 5)}  # to the right
+BELOW = {"xytext": (-5, -10), "ha": "right"}
+BESIDE = {"xytext": (8, -3)}
+OVER = {"xytext": (0, 7), "ha": "center"}
+PLACES = {  # of the labels at the first and the last point of a curve: where no curve is
+    (LORA, None): (ABOVE, ABOVE),
+    (CLAMPED, RATES[0]): (BELOW, BESIDE),
+    (CLAMPED, RATES[1]): (ABOVE, ABOVE),
+    (FROZEN_COPY, RATES[0]): (BELOW, BELOW),
+    (FROZEN_COPY, RATES[1]): (BELOW, OVER),
+}
 
 
 def groups(model, job):
@@ -112,16 +123,13 @@ def draw(found, figure):
         olds, news, names = zip(*points, strict=True)
         style = dict(STYLES[method])
         if lr == RATES[0]:
-            style |= {"linestyle": "--", "markerfacecolor": "white"}
+            style |= {"linestyle": "--", "markerfacecolor": "none"}
         name = f"{method}, its rate swept" if lr is None else f"{method}, λ swept, lr {lr:.1e}"
         axes.plot(olds, news, label=name, **style)
-        # Below, left of it, for the curves at the lower rate; above, right of it, for all others.
-        place = {"xytext": (5, 5), "color": style["color"]}
-        if lr == RATES[0]:
-            place |= {"xytext": (-5, -10), "ha": "right"}
-        for n in (0, len(points) - 1):  # the ends
-            at = (olds[n], news[n])
-            axes.annotate(names[n], at, textcoords="offset points", fontsize=8, **place)
+        text = {"textcoords": "offset points", "color": style["color"], "fontsize": 8}
+        for n, place in zip((0, -1), PLACES[method, lr], strict=True):  # the ends
+            axes.annotate(names[n], (olds[n], news[n]), **text, **place)
+    axes.margins(x=0.09)
     axes.set(
         xlabel="loss on the old text: forgetting", ylabel="loss on the new text, nats per byte"
     )

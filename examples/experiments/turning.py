@@ -29,7 +29,10 @@ import statistics
 import torch
 from common import (
     LEAVES,
+    OLIVE,
+    PINK,
     SEEDS,
+    TEAL,
     base,
     curve,
     deloras,
@@ -49,7 +52,7 @@ from delora import inject, param_groups
 
 RATES = (1e-3, 1e-2, 1e-1)
 DECAYS = (0.0, 0.01, 1.0)
-RATE_COLOURS = dict(zip(RATES, ("#009988", "#0077bb", "#aa3377"), strict=True))
+RATE_COLOURS = dict(zip(RATES, (OLIVE, TEAL, PINK), strict=True))
 LINES = dict(zip(DECAYS, ("-", "--", ":"), strict=True))
 WARM_UP = 9  # steps
 

@@ -33,7 +33,10 @@ import statistics
 import torch
 from common import (
     LEAVES,
+    OLIVE,
+    PINK,
     SEEDS,
+    TEAL,
     WIDTH,
     ByteTransformer,
     base,
@@ -53,7 +56,7 @@ from delora import inject, param_groups
 
 WIDTHS = (WIDTH, 768, 4096)
 RATES = (1e-3, 1e-2, 10**-1.5)
-RATE_COLOURS = dict(zip(RATES, ("#009988", "#0077bb", "#aa3377"), strict=True))
+RATE_COLOURS = dict(zip(RATES, (OLIVE, TEAL, PINK), strict=True))
 NO_WARM_UP, WARM_UP = 1, 9  # steps; the first step has the whole rate, or a ninth of it
 
 

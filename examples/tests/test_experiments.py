@@ -550,17 +550,31 @@ def test_lengths_and_angles_are_those_of_the_components():
 
 
 def test_the_drawn_walk_stays_on_the_circle_and_in_the_ball():
-    delora = geometry.delora().delora
     W = torch.tensor(geometry.W)
-    radius = geometry.STRENGTH * delora.w.item()
-    centre = W - radius * nn.functional.normalize(delora.B0.detach(), dim=0).squeeze(1)  # (2,)
-    for lr in (*geometry.RATES, 1e6):
-        points = torch.stack(geometry.walk(geometry.delora(), lr))  # (steps + 1, 2)
-        assert torch.equal(points[0], W)
-        assert ((points - centre).norm(dim=1) - radius).abs().max() <= 16 * EPS
-        assert (points - W).norm(dim=1).max() <= delora.norm_bound() * (1 + 4 * EPS)
-    walk = geometry.walk(geometry.lora(), geometry.RATES[-1])
-    assert not torch.stack(walk).isfinite().all()
+    for lam in geometry.STRENGTHS:
+        delora = geometry.delora(lam).delora
+        radius = lam * delora.w.item()
+        centre = W - radius * nn.functional.normalize(delora.B0.detach(), dim=0).squeeze(1)  # (2,)
+        drawn = geometry.circle(geometry.delora(lam))
+        assert drawn == (pytest.approx(centre.tolist()), pytest.approx(radius))
+        for lr in (0.03, geometry.RATE, 1e6):
+            points = torch.stack(geometry.walk(geometry.delora(lam), lr))  # (steps + 1, 2)
+            assert torch.equal(points[0], W)
+            assert ((points - centre).norm(dim=1) - radius).abs().max() <= 16 * EPS
+            assert (points - W).norm(dim=1).max() <= delora.norm_bound() * (1 + 4 * EPS)
+
+
+def test_the_drawn_walks_are_as_the_figure_says():
+    """LoRA's third step leaves the picture for good; DeLoRA ends next to a target out of reach."""
+    target = torch.tensor(geometry.TARGET)
+    walk = torch.stack(geometry.walk(geometry.lora(), geometry.RATE))  # (steps + 1, 2)
+    assert walk[:3].abs().max() < 2 and walk[3].abs().max() > 10
+    assert not walk.isfinite().all()
+    for lam in geometry.STRENGTHS:
+        centre, radius = geometry.circle(geometry.delora(lam))
+        distance = math.dist(centre, geometry.TARGET) - radius
+        end = geometry.walk(geometry.delora(lam), geometry.RATE)[-1]
+        assert distance > 0.1 and (end - target).norm().item() == pytest.approx(distance, rel=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -629,12 +643,38 @@ def test_the_figures_that_are_quoted_are_those_of_the_last_run(name):
     assert {run["seed"] for run in found["runs"]} == {0, 1, 2}
 
 
-def test_every_figure_is_shown_once_is_small_and_stands_on_white():
+def luminance(colour):
+    """The relative luminance of #rrggbb (WCAG)."""
+    channels = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_colour_is_seen_on_white_and_on_a_dark_page():
+    others = (common.GREY, common.TEAL, common.PINK, common.OLIVE)
+    colours = [*common.COLOURS.values(), *others]
+    assert len(set(colours)) == len(colours)
+    for page in ("#ffffff", "#0d1117"):
+        assert min(contrast(colour, page) for colour in colours) >= 3
+        assert contrast(common.GREY, page) >= 4
+
+
+def test_every_figure_is_shown_once_is_small_and_has_no_background():
+    known = {*common.COLOURS.values(), common.GREY, common.TEAL, common.PINK, common.OLIVE}
     shown = re.findall(r"!\[[^\]]{20,}\]\(experiments/results/(\S+\.svg)\)", EXAMPLES)
     assert sorted(shown) == sorted(path.name for path in common.RESULTS.glob("*.svg"))
     for name in shown:
         text = (common.RESULTS / name).read_text(encoding="utf-8")
-        assert len(text.encode()) < 200_000 and "fill: #ffffff" in text[:2000], name
+        assert len(text.encode()) < 200_000, name
+        assert set(re.findall(r"#[0-9a-f]{6}\b", text)) <= known, name
+        assert '" style="fill: none"/>' in text[:2000], name
+        texts = re.findall(r"<!-- .* -->\n\s*(<g.*>)", text)  # black is what has no style
+        assert texts and all('style="fill: #' in group for group in texts), name
     assert len(re.findall(r"!\[[^\]]{20,}\]\(examples/experiments/results/", README)) == 1
 
 
