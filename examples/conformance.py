@@ -4,7 +4,8 @@
 # ///
 """Which implementation has which property of DeLoRA: the contract in test_delora.py, run on three.
 
-    python examples/conformance.py                       the table in README, in about three minutes
+    python examples/conformance.py                       the table of examples/README.md, in three
+                                                         minutes
     python examples/conformance.py --quick               three of its rows, for CI
     python examples/conformance.py --authors CHECKOUT    a fourth column: the authors' code, in a
                                                          checkout of github.com/ExplainableML/DeLoRA
@@ -14,9 +15,10 @@ layer can be: `OfClass` in test_delora.py says how.
 
     DELORA_QUALITY=1 DELORA_SUBJECT=examples/conformance.py:PeftDeLoRA pytest test_delora.py
 
-runs one of them with all details. Plain LoRA is the control: it is no DeLoRA, so a contract that it
-passed would say nothing, and the script then fails. Its α is a parameter here, in the place of λ:
-ΔW = (α / r) B A.
+runs one of them with all details. `MyLayer` is a layer to begin with: the formula as it reads.
+
+Plain LoRA is the control: it is no DeLoRA, so a contract that it passed would say nothing, and the
+script then fails. Its α is a parameter here, in the place of λ: ΔW = (α / r) B A.
 
 A cell has a tick; or the simplest case, in words, at which the property did not hold; or a dash,
 where the layer does not have what is tested. "Simplest" is what Hypothesis shrank a failure to.
@@ -138,6 +140,32 @@ QUICK = (
     "test_p5_the_gradient_of_lambda_does_not_see_the_lengths",
 )
 CONTROL = QUICK[1:]  # what plain LoRA must fail
+
+
+class MyLayer(nn.Module):
+    """A layer of one's own, which needs nothing of delora.py: copy it, and put yours in its place.
+
+    The names are those of DeLoRALinear, so that test_delora.py needs no further description.
+    """
+
+    def __init__(self, base_layer, r, lambda_init):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        n_out, n_in = base_layer.weight.shape
+        self.A = nn.Parameter(torch.randn(r, n_in))
+        self.B = nn.Parameter(torch.randn(n_out, r))
+        self.lam = nn.Parameter(torch.tensor([lambda_init]))
+        self.register_buffer("w", base_layer.weight.norm(dim=0))  # (in,)
+        self.register_buffer("start", self.directions().detach())  # (out, in), the frozen copy
+
+    def directions(self):
+        return F.normalize(self.B, dim=0) @ F.normalize(self.A, dim=1)  # (out, in)
+
+    def delta_weight(self):
+        return self.lam / len(self.A) * (self.directions() - self.start) * self.w  # (out, in)
+
+    def forward(self, x):
+        return self.base_layer(x) + F.linear(x, self.delta_weight())
 
 
 # ----------------------------------------------------------------------------------------------

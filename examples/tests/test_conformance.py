@@ -1,4 +1,4 @@
-"""The README's table of conformance says what a run says, tick by tick; needs peft."""
+"""The table of conformance in examples/README.md says what a run says, tick by tick; needs peft."""
 
 import importlib.metadata
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import conformance
 import pytest
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
