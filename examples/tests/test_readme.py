@@ -73,6 +73,16 @@ def test_the_code_to_use_it_runs_and_prints_what_the_readme_says(tmp_path, monke
     assert (tmp_path / "adapter.pt").exists()
 
 
+def test_a_larger_lambda_lowers_the_loss_as_the_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = re.search(r"With 8 instead of 4 the last loss is ([\d.]+) instead of ([\d.]+)", README)
+    for strength, shown in zip((8, 4), said.groups(), strict=True):
+        scope = {}
+        code = USE.replace("lambda_init=4", f"lambda_init={strength}")
+        exec(compile(code, "README.md", "exec"), scope)
+        assert scope["loss"].item() == pytest.approx(float(shown), abs=1e-2)
+
+
 def test_the_full_strengths_that_the_readme_compares_with_are_those_of_its_table():
     """λ‖W‖/√(r·in), from the numbers of the table and the widths in the code."""
     rows = re.findall(
@@ -201,10 +211,15 @@ def test_the_accuracies_of_the_readme_are_those_of_the_example():
 def test_the_links_of_the_readmes_lead_somewhere():
     examples = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     for folder, text in ((ROOT, README), (ROOT / "examples", examples)):
-        links = re.findall(r"\]\((?!http)([\w./-]+)", text)
+        links = re.findall(r"\]\((?!http)([\w./-]+)(?:#([\w-]+))?\)", text)
         assert links
-        for path in links:
+        for path, heading in links:
             assert (folder / path).exists(), path
+            if heading:
+                headings = re.findall(
+                    r"^#+ (.*)$", (folder / path).read_text("utf-8"), re.MULTILINE
+                )
+                assert heading in [words.lower().replace(" ", "-") for words in headings]
 
 
 def test_every_script_is_in_the_list_of_examples():
