@@ -228,7 +228,7 @@ def test_the_links_of_the_readmes_lead_somewhere():
 
 def test_every_script_is_in_the_list_of_examples():
     examples = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
-    for path in [*ROOT.glob("examples/*.py"), *ROOT.glob("examples/experiments/*.py")]:
+    for path in [*ROOT.glob("examples/*.[pi]*"), *ROOT.glob("examples/experiments/*.py")]:
         assert f"({path.relative_to(ROOT / 'examples').as_posix()})" in examples, path
 
 
