@@ -96,7 +96,9 @@ def test_components_that_have_left_their_start_have_turned_as_the_readme_says():
     nn.init.normal_(adapter.B)
     full = adapter.lam.item() * adapter.w.norm().item() / (8 * 512) ** 0.5
     assert adapter.delta_weight().norm().item() / full == pytest.approx(2**0.5, abs=512**-0.5)
-    assert "At 1.4 they have nothing to do with it any more" in " ".join(README.split())
+    assert "At 1.4 the directions have nothing to do with their start any more" in " ".join(
+        README.split()
+    )
 
 
 def test_the_formula_as_it_reads_is_that_of_the_file():
