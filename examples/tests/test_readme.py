@@ -76,7 +76,9 @@ def test_the_code_to_use_it_runs_and_prints_what_the_readme_says(tmp_path, monke
 @pytest.mark.slow
 def test_a_larger_lambda_lowers_the_loss_as_the_readme_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = re.search(r"with 8 instead of 4 the last loss is ([\d.]+)\s+here instead of ([\d.]+)", README)
+    said = re.search(
+        r"with 8 instead of 4 the last loss is ([\d.]+)\s+here instead of ([\d.]+)", README
+    )
     for strength, shown in zip((8, 4), said.groups(), strict=True):
         scope = {}
         code = USE.replace("lambda_init=4", f"lambda_init={strength}")
