@@ -201,6 +201,7 @@ def job_ddp(rank, folder):
     torch.save(adapter_state_dict(model.module), folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_under_ddp_end_at_the_weights_of_one(tmp_path):
     first, second = in_two_processes(job_ddp, tmp_path)
     assert equal(first, second)
@@ -323,6 +324,7 @@ def job_from_meta(rank, folder):
     torch.save(answer, folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 @needs_fsdp2
 def test_a_model_that_no_process_holds_is_filled_tensor_by_tensor(tmp_path):
     """It starts as the pretrained model, and ends as one that was loaded, injected and sharded."""

@@ -686,6 +686,7 @@ def test_a_figure_is_drawn_again_from_its_numbers(name, tmp_path):
     assert path.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_the_numbers_of_the_last_run_again(tmp_path):
     command = [sys.executable, str(SCRIPTS / "rates.py"), "--redraw", "--out", str(tmp_path)]
     how = {"capture_output": True, "text": True, "timeout": 300}
